@@ -12,6 +12,7 @@
 mod aws;
 mod error;
 
+use std::io::{Read, Seek};
 use std::ops::Range;
 use std::path::{Component, PathBuf};
 use std::sync::Arc;
@@ -245,29 +246,39 @@ impl Store {
         Ok(())
     }
 
+    /// Writes all of an open file as an object, in bounded memory.
+    ///
+    /// # Errors
+    /// As [`Store::put`], or the file cannot be read.
+    pub async fn put_open_file(&self, rel: &str, mut file: std::fs::File) -> Result<(), StoreError> {
+        let object = self.object(rel);
+        let unreadable = move |source: std::io::Error| StoreError::Unreadable { object: object.clone(), source };
+        let bytes = file.metadata().map_err(&unreadable)?.len();
+        file.rewind().map_err(&unreadable)?;
+        if bytes <= MULTIPART_BYTES as u64 {
+            let mut whole = Vec::new();
+            file.read_to_end(&mut whole).map_err(&unreadable)?;
+            return self.put(rel, whole).await;
+        }
+        let chunks = std::iter::from_fn(|| {
+            let mut chunk = Vec::with_capacity(PART_BYTES);
+            match (&mut file).take(PART_BYTES as u64).read_to_end(&mut chunk) {
+                Ok(0) => None,
+                Ok(_) => Some(Ok(Bytes::from(chunk))),
+                Err(e) => Some(Err(unreadable(e))),
+            }
+        });
+        self.put_chunks(rel, chunks).await
+    }
+
     /// Writes a local file as an object, in bounded memory.
     ///
     /// # Errors
     /// As [`Store::put`], or the file cannot be read.
-    pub async fn put_file(&self, rel: &str, file: &std::path::Path) -> Result<(), StoreError> {
-        let unreadable = |source: std::io::Error| StoreError::LocalFile { file: file.to_owned(), source };
-        let mut reader = std::fs::File::open(file).map_err(unreadable)?;
-        let chunks = std::iter::from_fn(move || {
-            let mut chunk = vec![0; PART_BYTES];
-            match read_full(&mut reader, &mut chunk) {
-                Ok(0) => None,
-                Ok(n) => {
-                    chunk.truncate(n);
-                    Some(Ok(Bytes::from(chunk)))
-                }
-                Err(e) => Some(Err(e)),
-            }
-        });
-        let length = std::fs::metadata(file).map_err(unreadable)?.len();
-        if length <= MULTIPART_BYTES as u64 {
-            return self.put(rel, std::fs::read(file).map_err(unreadable)?).await;
-        }
-        self.put_chunks(rel, chunks.map(|c| c.map_err(unreadable))).await
+    pub async fn put_file(&self, rel: &str, path: &std::path::Path) -> Result<(), StoreError> {
+        let file =
+            std::fs::File::open(path).map_err(|source| StoreError::LocalFile { file: path.to_owned(), source })?;
+        self.put_open_file(rel, file).await
     }
 
     async fn put_chunks(
@@ -403,20 +414,6 @@ impl Store {
     fn error(&self, rel: &str, source: object_store::Error) -> StoreError {
         StoreError::classify(self.object(rel), source)
     }
-}
-
-/// Reads until `buffer` is full or the input ends.
-fn read_full(reader: &mut impl std::io::Read, buffer: &mut [u8]) -> std::io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match reader.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(n) => filled += n,
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(filled)
 }
 
 /// An absolute path without `.` and `..`. The folder need not exist, so only the part that does is resolved through links.

@@ -98,6 +98,14 @@ pub enum StoreError {
         /// Why.
         source: std::io::Error,
     },
+    /// The local data of an upload could not be read.
+    #[error("{object}: cannot read what is to be uploaded: {source}")]
+    Unreadable {
+        /// Full name of the object.
+        object: String,
+        /// Why.
+        source: std::io::Error,
+    },
     /// A create that neither succeeded nor found a rival, several times over.
     #[error("{object}: the storage reports a conflict but holds no such object; try again")]
     Unsettled {

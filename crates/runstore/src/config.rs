@@ -1,0 +1,419 @@
+//! A run's configuration: what `configs/*.yaml` hold and `--set` overrides. Defaults are the published setting (METHOD's table).
+//!
+//! Order: defaults, then the file, then each `--set`. [`RunConfig::load`] validates once; what it returns holds together.
+//! `configs/schema.json` is [`RunConfig::json_schema`]; a test compares them.
+
+mod auto;
+mod check;
+mod load;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+pub use auto::AutoOr;
+pub use check::Split;
+pub use load::{ConfigError, nearest};
+
+/// The method that is trained.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Method {
+    /// Spatially guided contrastive learning.
+    #[default]
+    Sgcl,
+}
+
+/// Which form of the loss.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Variant {
+    /// The loss as meant.
+    #[default]
+    Exact,
+    /// The published code, quirks included.
+    Released,
+}
+
+/// Backbone network.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Arch {
+    /// ResNet-18, features of width 512.
+    #[default]
+    Resnet18,
+    /// ResNet-34, features of width 512.
+    Resnet34,
+    /// ResNet-50, features of width 2,048.
+    Resnet50,
+}
+
+impl Arch {
+    /// torchvision's and timm's name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Resnet18 => "resnet18",
+            Self::Resnet34 => "resnet34",
+            Self::Resnet50 => "resnet50",
+        }
+    }
+
+    /// Width of the pooled features.
+    #[must_use]
+    pub fn feature_dim(self) -> usize {
+        match self {
+            Self::Resnet18 | Self::Resnet34 => 512,
+            Self::Resnet50 => 2048,
+        }
+    }
+}
+
+impl std::str::FromStr for Arch {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        [Self::Resnet18, Self::Resnet34, Self::Resnet50]
+            .into_iter()
+            .find(|a| a.name() == s)
+            .ok_or_else(|| format!("unknown backbone {s:?}; there are resnet18, resnet34 and resnet50"))
+    }
+}
+
+/// Number format of bank rows in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum BankDtype {
+    /// 32-bit floats.
+    #[default]
+    Float32,
+}
+
+/// Where a rank computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// GPUs where the machine and this libtorch have them, else the CPU.
+    #[default]
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// One GPU a rank; an error where there is none.
+    Cuda,
+}
+
+/// Everything that decides what a run computes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunConfig {
+    /// The method.
+    pub method: Method,
+    /// Which form of the loss.
+    pub variant: Variant,
+    /// Seed of every draw.
+    pub seed: u64,
+    /// Epochs to train.
+    #[schemars(range(min = 1))]
+    pub epochs: u32,
+    /// The network that is trained.
+    pub backbone: Backbone,
+    /// The head that the loss sees.
+    pub projector: Projector,
+    /// Views of a patch.
+    pub views: Views,
+    /// Batch of a step.
+    pub batch: Batch,
+    /// Optimiser.
+    pub optimizer: Optimizer,
+    /// Objective.
+    pub objective: Objective,
+    /// Feature memory.
+    pub bank: Bank,
+    /// Clustering of the bank before every epoch.
+    pub kmeans: Kmeans,
+    /// When to checkpoint and what to keep.
+    pub checkpoint: Checkpoint,
+    /// Reading patches.
+    pub loader: Loader,
+    /// Where to compute.
+    pub device: Device,
+    /// Seconds without a finished step after which a rank counts as hung.
+    #[schemars(range(min = 1))]
+    pub step_timeout_s: u64,
+    /// Seconds to wait for enough nodes.
+    #[schemars(range(min = 1))]
+    pub startup_timeout_s: u64,
+    /// Failures after which the run fails; preemptions do not count.
+    pub max_restarts: u32,
+    /// Which part of the patch set is trained on.
+    pub data: Data,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self {
+            method: Method::Sgcl,
+            variant: Variant::Exact,
+            seed: 0,
+            epochs: 100,
+            backbone: Backbone::default(),
+            projector: Projector::default(),
+            views: Views::default(),
+            batch: Batch::default(),
+            optimizer: Optimizer::default(),
+            objective: Objective::default(),
+            bank: Bank::default(),
+            kmeans: Kmeans::default(),
+            checkpoint: Checkpoint::default(),
+            loader: Loader::default(),
+            device: Device::Auto,
+            step_timeout_s: 300,
+            startup_timeout_s: 600,
+            max_restarts: 3,
+            data: Data::default(),
+        }
+    }
+}
+
+/// The network that is trained and exported.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Backbone {
+    /// Architecture.
+    pub arch: Arch,
+    /// Weights to start from: path or URL of a torchvision-layout `.pth` or `.safetensors`; none means random weights.
+    pub pretrained: Option<String>,
+}
+
+/// Two-layer head on the pooled features.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Projector {
+    /// Width of the unit vectors that the loss compares.
+    #[schemars(range(min = 1, max = 4096))]
+    pub dim: usize,
+}
+
+impl Default for Projector {
+    fn default() -> Self {
+        Self { dim: 128 }
+    }
+}
+
+/// One global view and four local ones, each local from one quadrant of the patch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Views {
+    /// Side of the global view in pixels.
+    #[schemars(range(min = 32, max = 1024))]
+    pub global_px: u32,
+    /// Side of a local view in pixels.
+    #[schemars(range(min = 32, max = 1024))]
+    pub local_px: u32,
+    /// Share of the patch's area a global crop takes, smallest and largest.
+    pub global_scale: [f64; 2],
+    /// Share of the quadrant's area a local crop takes, smallest and largest.
+    pub local_scale: [f64; 2],
+}
+
+impl Default for Views {
+    fn default() -> Self {
+        Self { global_px: 224, local_px: 96, global_scale: [0.2, 1.0], local_scale: [0.2, 0.56] }
+    }
+}
+
+/// A step is `ranks × accumulate` micro-batches of `per_rank` patches.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Batch {
+    /// Patches of a micro-batch.
+    #[schemars(range(min = 2))]
+    pub per_rank: usize,
+    /// Micro-batches a rank does before the optimiser steps.
+    #[schemars(range(min = 1))]
+    pub accumulate: usize,
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self { per_rank: 32, accumulate: 1 }
+    }
+}
+
+/// SGD with a cosine schedule per epoch, down to 0.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Optimizer {
+    /// Learning rate for `lr_batch` patches a step; scaled linearly to the real batch.
+    pub lr: f64,
+    /// Patches a step that `lr` is meant for.
+    #[schemars(range(min = 1))]
+    pub lr_batch: usize,
+    /// Momentum.
+    pub momentum: f64,
+    /// Weight decay, on all parameters.
+    pub weight_decay: f64,
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Self { lr: 0.015, lr_batch: 128, momentum: 0.9, weight_decay: 1e-4 }
+    }
+}
+
+/// The loss.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Objective {
+    /// Random negatives of a query (K), a multiple of 4.
+    #[schemars(range(min = 4))]
+    pub negatives: usize,
+    /// Hard negatives of a query (H); at most `top_fraction` of the patches.
+    #[schemars(range(min = 1))]
+    pub hard: usize,
+    /// Nearest bank rows searched for semantic positives; fewer than the patches.
+    #[schemars(range(min = 1))]
+    pub nearest: usize,
+    /// Temperature of the intra and inner losses.
+    pub t_instance: f64,
+    /// Temperature of the inter loss.
+    pub t_spatial: f64,
+    /// Spatial positives lie nearer than this, in grid units.
+    pub radius: f64,
+    /// Most similar spatial neighbours whose neighbours count too.
+    pub aux: usize,
+    /// Hard negatives come from this top share of the similarity ranking.
+    pub top_fraction: f64,
+    /// Beta distribution of the hard negatives' ranks.
+    pub hard_beta: [f64; 2],
+}
+
+impl Default for Objective {
+    fn default() -> Self {
+        Self {
+            negatives: 65_536,
+            hard: 4096,
+            nearest: 4096,
+            t_instance: 0.2,
+            t_spatial: 0.07,
+            radius: 3.0,
+            aux: 1,
+            top_fraction: 0.2,
+            hard_beta: [5.0, 15.0],
+        }
+    }
+}
+
+/// Feature memory: one row a patch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Bank {
+    /// Share of the old row that an update keeps.
+    pub momentum: f64,
+    /// Number format in memory.
+    pub dtype: BankDtype,
+    /// Further copies of a shard, on other nodes where there are any.
+    #[schemars(range(max = 1))]
+    pub replicas: u32,
+}
+
+impl Default for Bank {
+    fn default() -> Self {
+        Self { momentum: 0.5, dtype: BankDtype::Float32, replicas: 1 }
+    }
+}
+
+/// k-means over the global bank, the same labels on every rank.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Kmeans {
+    /// Independent clusterings that must agree.
+    #[schemars(range(min = 1))]
+    pub runs: usize,
+    /// Clusters of each.
+    #[schemars(range(min = 1))]
+    pub clusters: usize,
+    /// Lloyd iterations.
+    #[schemars(range(min = 1))]
+    pub iterations: usize,
+}
+
+impl Default for Kmeans {
+    fn default() -> Self {
+        Self { runs: 3, clusters: 1000, iterations: 20 }
+    }
+}
+
+/// Checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Checkpoint {
+    /// Epochs between commits.
+    #[schemars(range(min = 1))]
+    pub every_epochs: u32,
+    /// Newest commits that are kept.
+    #[schemars(range(min = 1))]
+    pub keep_last: u32,
+    /// Besides, every so many epochs one is kept for good; 0 keeps none.
+    pub keep_every: u32,
+}
+
+impl Default for Checkpoint {
+    fn default() -> Self {
+        Self { every_epochs: 1, keep_last: 3, keep_every: 0 }
+    }
+}
+
+/// Reading and decoding patches.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Loader {
+    /// Decoding threads of a rank, or `auto`: the node's cores shared out.
+    pub threads: AutoOr,
+    /// Shards that a lane's shuffle window holds open.
+    #[schemars(range(min = 1))]
+    pub window_shards: usize,
+    /// Disk that a node may use to cache shards, in bytes; 0 caches none.
+    pub cache_bytes: u64,
+}
+
+impl Default for Loader {
+    fn default() -> Self {
+        Self { threads: AutoOr::Auto, window_shards: 4, cache_bytes: 16 << 30 }
+    }
+}
+
+/// Which slides are trained on.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Data {
+    /// Names of the slides to use; none means all.
+    pub slides: Option<Vec<String>>,
+    /// Share of those slides that is never trained on, for probes.
+    pub holdout_fraction: f64,
+    /// Seed of the choice.
+    pub holdout_seed: u64,
+}
+
+impl RunConfig {
+    /// Patches of one step on `world` ranks.
+    #[must_use]
+    pub fn global_batch(&self, world: usize) -> usize {
+        self.batch.per_rank.saturating_mul(self.batch.accumulate).saturating_mul(world)
+    }
+
+    /// Learning rate of the first epoch on `world` ranks: `lr × global batch / lr_batch`.
+    #[must_use]
+    pub fn base_lr(&self, world: usize) -> f64 {
+        #[allow(clippy::cast_precision_loss)]
+        let ratio = self.global_batch(world) as f64 / self.optimizer.lr_batch as f64;
+        self.optimizer.lr * ratio
+    }
+
+    /// The JSON schema of a configuration file.
+    #[must_use]
+    pub fn json_schema() -> serde_json::Value {
+        let mut schema = schemars::schema_for!(RunConfig);
+        schema.insert("title".into(), "sgcl run configuration".into());
+        schema.to_value()
+    }
+}

@@ -1,0 +1,27 @@
+//! All that is durable about a run: its configuration and spec, checkpoint parts, commits, the ledger, metrics, exports and events.
+//! No torch: tensors are names, dtypes, shapes and bytes.
+//!
+//! | object below `runs/<run>/` | module |
+//! |---|---|
+//! | `spec.json` | [`spec`] |
+//! | `checkpoints/<generation>-<step>/<part>` | [`checkpoint`], [`ledger`] |
+//! | `commits/<seq>.json` | [`commit`] |
+//! | `metrics/…jsonl`, `tensorboard/…` | [`metrics`] |
+//! | `exports/<seq>/…` | [`export`] |
+//! | `events/<seq>.json`, `eval/<name>.json` | [`status`] |
+
+pub mod checkpoint;
+pub mod commit;
+pub mod config;
+mod error;
+pub mod ledger;
+mod record;
+pub mod spec;
+
+pub use checkpoint::{Dtype, PartKind, PartRef, PartWriter, Tensor};
+pub use commit::{Commit, Commits, Intact, Progress};
+pub use config::{ConfigError, RunConfig};
+pub use error::RunStoreError;
+pub use ledger::Ledger;
+pub use record::{FORMAT_VERSION, new_write_id};
+pub use spec::{RunName, Spec};

@@ -108,8 +108,9 @@ impl Store {
         };
         let root = absolute(&path).map_err(|e| bad(&e.to_string()))?;
         let prefix = Path::from_absolute_path(&root).map_err(|e| bad(&e.to_string()))?;
+        let url = url::Url::from_file_path(&root).map_err(|()| bad("it is not an absolute path"))?.to_string();
         let inner = LocalFileSystem::new().with_fsync(true);
-        Ok(Self { inner: Arc::new(inner), prefix, url: format!("file://{}", root.display()), local_root: Some(root) })
+        Ok(Self { inner: Arc::new(inner), prefix, url, local_root: Some(root) })
     }
 
     fn open_s3(rest: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, StoreError> {

@@ -7,16 +7,16 @@ use object_store::memory::InMemory;
 use object_store::path::Path;
 use sgcl_patchset::{Manifest, Opened, PatchSetWriter, SlideInfo, Store, WriterOptions};
 
-pub fn seed() -> u64 {
+pub(crate) fn seed() -> u64 {
     std::env::var("SGCL_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(1)
 }
 
-pub fn memory() -> Store {
+pub(crate) fn memory() -> Store {
     Store::from_parts(Arc::new(InMemory::new()), Path::from("some/prefix"), "mem://bucket/some/prefix")
 }
 
 /// A JPEG of one colour that tells slide and position.
-pub fn jpeg(slide: u8, x: i32, y: i32) -> Vec<u8> {
+pub(crate) fn jpeg(slide: u8, x: i32, y: i32) -> Vec<u8> {
     let px: u8 = 16;
     let (r, g) = (u8::try_from(x * 10).unwrap(), u8::try_from(y * 10).unwrap());
     let pixels: Vec<u8> =
@@ -28,7 +28,7 @@ pub fn jpeg(slide: u8, x: i32, y: i32) -> Vec<u8> {
     out
 }
 
-pub fn info(slide: u8) -> SlideInfo {
+pub(crate) fn info(slide: u8) -> SlideInfo {
     SlideInfo {
         name: format!("slide {slide}"),
         source: format!("/somewhere/{slide}.svs"),
@@ -42,13 +42,13 @@ pub fn info(slide: u8) -> SlideInfo {
     }
 }
 
-pub fn options() -> WriterOptions {
+pub(crate) fn options() -> WriterOptions {
     let mut options = WriterOptions::new(16, 95, seed());
     options.settings.insert("mpp".into(), 0.5.into());
     options
 }
 
-pub async fn open(store: &Store, options: WriterOptions) -> PatchSetWriter {
+pub(crate) async fn open(store: &Store, options: WriterOptions) -> PatchSetWriter {
     match PatchSetWriter::open(store.clone(), options).await.unwrap() {
         Opened::Writer(writer) => writer,
         Opened::Complete(_) => panic!("the set is there already"),
@@ -56,7 +56,7 @@ pub async fn open(store: &Store, options: WriterOptions) -> PatchSetWriter {
 }
 
 /// Stages a slide of `side` × `side` patches; the class says the half they lie in.
-pub async fn stage(writer: &PatchSetWriter, slide: u8, side: i32) {
+pub(crate) async fn stage(writer: &PatchSetWriter, slide: u8, side: i32) {
     let mut open = writer.slide(info(slide)).unwrap();
     // Not row-major, as threads would finish them.
     for x in (0..side).rev() {
@@ -70,7 +70,7 @@ pub async fn stage(writer: &PatchSetWriter, slide: u8, side: i32) {
 }
 
 /// A set of `slides` slides of `side` × `side` patches.
-pub async fn write(store: &Store, slides: u8, side: i32, options: WriterOptions) -> Manifest {
+pub(crate) async fn write(store: &Store, slides: u8, side: i32, options: WriterOptions) -> Manifest {
     let writer = open(store, options).await;
     for slide in 0..slides {
         stage(&writer, slide, side).await;

@@ -1,0 +1,166 @@
+//! Slides for training and slides for testing: never patches of one slide on both sides.
+
+use rand::seq::SliceRandom;
+use sgcl_draw::{Purpose, rng};
+
+use crate::index::Index;
+use crate::manifest::Manifest;
+
+/// A split by slide. Numbers are those of the manifest, ascending.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Split {
+    /// Slides to train on.
+    pub train: Vec<u32>,
+    /// Slides to test on.
+    pub test: Vec<u32>,
+    /// Classes that only one side has, by index: too few slides show them.
+    pub one_sided: Vec<u16>,
+}
+
+/// A set that cannot be split.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SplitError {
+    /// One slide cannot be on both sides.
+    #[error("a split by slide needs 2 slides or more, the set has {slides}; ingest more, or test on another set")]
+    TooFewSlides {
+        /// Slides in the set.
+        slides: usize,
+    },
+    /// Not a fraction.
+    #[error("the fraction of test slides must lie between 0 and 1, not at {fraction}")]
+    Fraction {
+        /// The fraction given.
+        fraction: f64,
+    },
+}
+
+/// Splits the slides of a set: about `test_fraction` of them, and at least one on each side. Slides are drawn within strata of equal
+/// main class; then slides are exchanged until every class that two slides show is on both sides, where that can be had. `trial`
+/// numbers the splits drawn with one seed.
+///
+/// # Errors
+/// Fewer than two slides, or a fraction outside (0, 1).
+pub fn split(
+    manifest: &Manifest,
+    index: &Index,
+    test_fraction: f64,
+    seed: u64,
+    trial: u64,
+) -> Result<Split, SplitError> {
+    let slides = manifest.slides.len();
+    if !(test_fraction > 0.0 && test_fraction < 1.0) {
+        return Err(SplitError::Fraction { fraction: test_fraction });
+    }
+    if slides < 2 {
+        return Err(SplitError::TooFewSlides { slides });
+    }
+    let shown = Shown::count(manifest, index);
+    let mut order: Vec<usize> = (0..slides).collect();
+    order.shuffle(&mut rng(seed, Purpose::Probe, 0, trial));
+
+    // Strata end to end, each in random order: every (1/fraction)-th slide is a fair share of each stratum.
+    order.sort_by_key(|&slide| shown.main_class(slide));
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+    let tests = ((slides as f64 * test_fraction).round() as usize).clamp(1, slides - 1);
+    let mut test = vec![false; slides];
+    for at in 0..tests {
+        // The middle of the at-th of `tests` equal parts.
+        test[order[(2 * at + 1) * slides / (2 * tests)]] = true;
+    }
+    shown.mend(&order, &mut test);
+
+    let side = |wanted: bool| (0_u32..).zip(&test).filter(|&(_, &t)| t == wanted).map(|(n, _)| n).collect();
+    Ok(Split { train: side(false), test: side(true), one_sided: shown.one_sided(&test) })
+}
+
+/// Patches of each class on each slide.
+struct Shown {
+    /// Sorted (class, patches) of each slide.
+    by_slide: Vec<Vec<(u16, u32)>>,
+    classes: usize,
+}
+
+impl Shown {
+    fn count(manifest: &Manifest, index: &Index) -> Self {
+        let count = |ids: std::ops::Range<u32>| {
+            let mut counts = std::collections::BTreeMap::new();
+            for label in ids.filter_map(|id| index.label(id)) {
+                *counts.entry(label).or_insert(0) += 1;
+            }
+            counts.into_iter().collect()
+        };
+        Self {
+            by_slide: manifest.slides.iter().map(|slide| count(slide.ids())).collect(),
+            classes: manifest.classes.len(),
+        }
+    }
+
+    fn main_class(&self, slide: usize) -> Option<u16> {
+        self.by_slide[slide]
+            .iter()
+            .max_by_key(|&&(class, patches)| (patches, std::cmp::Reverse(class)))
+            .map(|&(c, _)| c)
+    }
+
+    fn shows(&self, slide: usize, class: u16) -> bool {
+        self.by_slide[slide].binary_search_by_key(&class, |&(c, _)| c).is_ok()
+    }
+
+    /// Slides that show each class: on the training side, on the test side.
+    fn sides(&self, test: &[bool]) -> Vec<[u32; 2]> {
+        let mut sides = vec![[0; 2]; self.classes];
+        for (slide, shown) in self.by_slide.iter().enumerate() {
+            for &(class, _) in shown {
+                sides[usize::from(class)][usize::from(test[slide])] += 1;
+            }
+        }
+        sides
+    }
+
+    /// Exchanges slides for classes that one side lacks, as long as that takes no class from a side that has it.
+    fn mend(&self, order: &[usize], test: &mut [bool]) {
+        let mut sides = self.sides(test);
+        let mut classes: Vec<u16> = (0..self.classes).filter_map(|class| u16::try_from(class).ok()).collect();
+        // Rare classes first: they have the fewest slides to choose from.
+        classes.sort_by_key(|&class| sides[usize::from(class)].iter().sum::<u32>());
+        for class in classes {
+            let counts = sides[usize::from(class)];
+            let lacking = match counts {
+                [0, have] if have >= 2 => false,
+                [have, 0] if have >= 2 => true,
+                _ => continue,
+            };
+            let spare = |sides: &[[u32; 2]], slide: usize, side: bool| {
+                self.by_slide[slide].iter().all(|&(c, _)| sides[usize::from(c)][usize::from(side)] != 1)
+            };
+            let giver = order
+                .iter()
+                .copied()
+                .find(|&s| test[s] != lacking && self.shows(s, class) && spare(&sides, s, !lacking));
+            let Some(giver) = giver else { continue };
+            self.change_side(giver, test, &mut sides);
+            // Keeps the sizes; where no slide can be spared in return, the sides differ by one from what was asked.
+            let back = order.iter().copied().find(|&s| test[s] == lacking && s != giver && spare(&sides, s, lacking));
+            if let Some(back) = back {
+                self.change_side(back, test, &mut sides);
+            } else if !test.contains(&!lacking) {
+                self.change_side(giver, test, &mut sides);
+            }
+        }
+    }
+
+    fn change_side(&self, slide: usize, test: &mut [bool], sides: &mut [[u32; 2]]) {
+        for &(class, _) in &self.by_slide[slide] {
+            let side = &mut sides[usize::from(class)];
+            side[usize::from(test[slide])] -= 1;
+            side[usize::from(!test[slide])] += 1;
+        }
+        test[slide] = !test[slide];
+    }
+
+    fn one_sided(&self, test: &[bool]) -> Vec<u16> {
+        let one_sided = |&(_, side): &(u16, [u32; 2])| (side[0] == 0) != (side[1] == 0);
+        (0_u16..).zip(self.sides(test)).filter(one_sided).map(|(class, _)| class).collect()
+    }
+}

@@ -1,0 +1,105 @@
+//! `events/<seq>.json`: changes of a run's state, appended, never overwritten.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use sgcl_patchset::Store;
+
+use crate::RunStoreError;
+use crate::record::{self, FORMAT_VERSION, new_write_id};
+
+const FOLDER: &str = "events";
+
+/// A change of state. The names are stored: never rename one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum EventKind {
+    /// Training began, or went on after a suspension.
+    Started {
+        /// Ranks.
+        world: u32,
+        /// Commit it went on from.
+        from_commit: Option<u64>,
+    },
+    /// Training went on after a loss.
+    Restarted {
+        /// What was lost.
+        reason: String,
+    },
+    /// Stopped; can be resumed.
+    Suspended {
+        /// Why.
+        reason: String,
+    },
+    /// Given up.
+    Failed {
+        /// Why, and what to do.
+        message: String,
+    },
+    /// All epochs are trained.
+    Finished,
+}
+
+/// A stored event.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Format version.
+    pub version: u32,
+    /// Tells this writer from another.
+    pub write_id: String,
+    /// When.
+    pub time: Timestamp,
+    /// What.
+    #[serde(flatten)]
+    pub kind: EventKind,
+}
+
+/// The events of a run.
+#[derive(Clone, Debug)]
+pub struct Events {
+    run: Store,
+}
+
+impl Events {
+    /// Of the run at `run_store`.
+    #[must_use]
+    pub fn new(run_store: &Store) -> Self {
+        Self { run: run_store.clone() }
+    }
+
+    /// Appends one behind all others; returns its number.
+    ///
+    /// # Errors
+    /// The storage.
+    pub async fn append(&self, kind: EventKind, now: Timestamp) -> Result<u64, RunStoreError> {
+        let event = Event { version: FORMAT_VERSION, write_id: new_write_id(), time: now, kind };
+        let mut seq = self.list().await?.last().map_or(1, |(n, _)| n + 1);
+        while record::create(&self.run, &format!("{FOLDER}/{seq:08}.json"), &event, &event.write_id).await?.is_some() {
+            seq += 1;
+        }
+        Ok(seq)
+    }
+
+    /// All, in order.
+    ///
+    /// # Errors
+    /// One is damaged, or the storage.
+    pub async fn read(&self) -> Result<Vec<Event>, RunStoreError> {
+        let mut events = Vec::new();
+        for (_, rel) in self.list().await? {
+            events.push(record::read(&self.run, &rel).await?);
+        }
+        Ok(events)
+    }
+
+    async fn list(&self) -> Result<Vec<(u64, String)>, RunStoreError> {
+        let mut found: Vec<(u64, String)> = Vec::new();
+        for object in self.run.list(FOLDER).await? {
+            let name = object.rel.strip_prefix("events/").and_then(|n| n.strip_suffix(".json"));
+            if let Some(Ok(seq)) = name.map(str::parse) {
+                found.push((seq, object.rel));
+            }
+        }
+        found.sort_unstable();
+        Ok(found)
+    }
+}

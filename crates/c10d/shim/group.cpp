@@ -1,0 +1,119 @@
+#include <ATen/core/grad_mode.h>
+#include <ATen/ATen.h>
+#include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
+#ifdef USE_C10D_NCCL
+#include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
+#endif
+
+#include "guard.h"
+#include "types.h"
+
+using sgcl::guarded;
+using std::chrono::milliseconds;
+
+namespace {
+
+// ProcessGroupGloo inherits an abort() that does nothing. Closing the connections is what frees the peers.
+class Gloo : public c10d::ProcessGroupGloo {
+ public:
+  using c10d::ProcessGroupGloo::ProcessGroupGloo;
+  void abort() override {
+    for (auto& context : contexts_) context->closeConnections();
+  }
+};
+
+at::Tensor& tensor(void* pointer) { return *static_cast<at::Tensor*>(pointer); }
+
+void finish(const c10::intrusive_ptr<c10d::Work>& work) {
+  TORCH_CHECK_WITH(DistBackendError, work->wait(), "the collective was aborted");
+}
+
+SgclGroup* group_of(const c10::intrusive_ptr<c10d::Store>& store, int32_t rank, int32_t world, c10::DeviceType device,
+                    c10d::ProcessGroup::BackendType type, c10::intrusive_ptr<c10d::Backend> backend) {
+  auto group = c10::make_intrusive<c10d::ProcessGroup>(store, rank, world);
+  group->setBackend(device, type, backend);
+  group->setDefaultBackend(type);
+  return new SgclGroup{std::move(group), std::move(backend)};
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t sgcl_group_gloo(SgclStore* store, int32_t rank, int32_t world, int64_t timeout_ms, const char* address,
+                        const char* interface, SgclGroup** out, char** message) {
+  return guarded(message, [&] {
+    auto options = c10d::ProcessGroupGloo::Options::create(milliseconds(timeout_ms));
+    options->devices.push_back(interface != nullptr ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)
+                                                    : c10d::ProcessGroupGloo::createDeviceForHostname(address));
+    auto backend = c10::make_intrusive<Gloo>(store->store, rank, world, options);
+    *out = group_of(store->store, rank, world, c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::GLOO, backend);
+  });
+}
+
+#ifdef USE_C10D_NCCL
+int32_t sgcl_group_nccl(SgclStore* store, int32_t rank, int32_t world, int64_t timeout_ms, int32_t device, SgclGroup** out,
+                        char** message) {
+  return guarded(message, [&] {
+    // Clean up a broken communicator and stay alive: the default takes the process down, and regrouping happens in process.
+    setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2", 0);
+    auto options = c10d::ProcessGroupNCCL::Options::create();
+    options->timeout = milliseconds(timeout_ms);
+    auto backend = c10::make_intrusive<c10d::ProcessGroupNCCL>(store->store, rank, world, options);
+    backend->setBoundDeviceId(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device)));
+    *out = group_of(store->store, rank, world, c10::DeviceType::CUDA, c10d::ProcessGroup::BackendType::NCCL, backend);
+  });
+}
+#endif
+
+int32_t sgcl_all_reduce(SgclGroup* group, void* pointer, int32_t op, char** message) {
+  return guarded(message, [&] {
+    at::NoGradGuard no_grad;
+    c10d::AllreduceOptions options;
+    options.reduceOp = op == 0 ? c10d::ReduceOp::SUM : op == 1 ? c10d::ReduceOp::MAX : c10d::ReduceOp::MIN;
+    std::vector<at::Tensor> tensors{tensor(pointer)};
+    finish(group->backend->allreduce(tensors, options));
+  });
+}
+
+int32_t sgcl_all_gather(SgclGroup* group, void* output, void* input, char** message) {
+  return guarded(message, [&] {
+    at::NoGradGuard no_grad;
+    finish(group->backend->_allgather_base(tensor(output), tensor(input)));
+  });
+}
+
+int32_t sgcl_reduce_scatter(SgclGroup* group, void* output, void* input, char** message) {
+  return guarded(message, [&] {
+    at::NoGradGuard no_grad;
+    finish(group->backend->_reduce_scatter_base(tensor(output), tensor(input)));
+  });
+}
+
+int32_t sgcl_broadcast(SgclGroup* group, void* pointer, int32_t root, char** message) {
+  return guarded(message, [&] {
+    at::NoGradGuard no_grad;
+    c10d::BroadcastOptions options;
+    options.rootRank = root;
+    std::vector<at::Tensor> tensors{tensor(pointer)};
+    finish(group->backend->broadcast(tensors, options));
+  });
+}
+
+int32_t sgcl_barrier(SgclGroup* group, char** message) {
+  return guarded(message, [&] { finish(group->backend->barrier()); });
+}
+
+int32_t sgcl_group_abort(SgclGroup* group, char** message) {
+  return guarded(message, [&] { group->backend->abort(); });
+}
+
+int32_t sgcl_group_shutdown(SgclGroup* group, char** message) {
+  return guarded(message, [&] { group->backend->shutdown(); });
+}
+
+void sgcl_group_free(SgclGroup* group) {
+  sgcl::swallowed([&] { delete group; });
+}
+
+}

@@ -55,7 +55,7 @@ pub enum ExportError {
     #[error("backbone.pth: {0}")]
     Zip(String),
     /// The run has none.
-    #[error("{run} has no export yet; it is written when the run finishes, or by a commit with --export")]
+    #[error("{run} has no export yet; it is written when the run finishes")]
     None {
         /// The run's URL.
         run: String,

@@ -124,10 +124,9 @@ pub async fn read_metrics(run_store: &Store) -> Result<Vec<StepMetrics>, RunStor
     let mut chunks: Vec<(u64, u64, String)> = Vec::new();
     for object in run_store.list("metrics").await? {
         let id = object.rel.strip_prefix("metrics/").and_then(|n| n.strip_suffix(".jsonl"));
-        if let Some((generation, step)) = id.and_then(|id| id.split_once('-')) {
-            if let (Ok(generation), Ok(step)) = (generation.parse(), step.parse()) {
-                chunks.push((generation, step, object.rel));
-            }
+        let Some((generation, step)) = id.and_then(|id| id.split_once('-')) else { continue };
+        if let (Ok(generation), Ok(step)) = (generation.parse(), step.parse()) {
+            chunks.push((generation, step, object.rel));
         }
     }
     chunks.sort_unstable();

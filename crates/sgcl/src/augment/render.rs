@@ -1,0 +1,169 @@
+//! From drawn parameters to normalised views.
+
+use fast_image_resize::images::{CroppedImage, Image, ImageRef};
+use fast_image_resize::{FilterType, PixelType, ResizeAlg, ResizeOptions, Resizer};
+use rayon::prelude::*;
+use tch::{Device, Tensor};
+
+use super::draw::{Crop, PatchDraw, ViewDraw, ViewParams, draw_patch};
+use super::{IMAGENET_MEAN, IMAGENET_STD, color};
+use crate::image::RgbImage;
+use crate::model::Views;
+
+/// Makes views. Keeps its buffers: one a thread.
+#[derive(Default)]
+pub struct Renderer {
+    resizer: Resizer,
+    pixels: Vec<u8>,
+}
+
+impl Renderer {
+    /// A renderer with empty buffers.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// One view of `px` × `px` pixels: crop and resize ▸ grey ▸ jitter ▸ flip ▸ normalise. `out` takes 3 × px × px values, CHW.
+    ///
+    /// # Panics
+    /// If the crop is not inside the image or `out` has another length: a bug of the caller.
+    pub fn view(&mut self, image: &RgbImage, draw: &ViewDraw, px: u32, out: &mut [f32]) {
+        self.resize(image, draw.crop, px);
+        if draw.grayscale {
+            color::grayscale(&mut self.pixels);
+        }
+        color::jitter(&mut self.pixels, &draw.jitter);
+        normalize(&self.pixels, px as usize, draw.flip, out);
+    }
+
+    /// The cut and resized bytes of a view before anything happens to its colours, RGB row-major.
+    ///
+    /// # Panics
+    /// If the crop is not inside the image: a bug of the caller.
+    pub fn resized(&mut self, image: &RgbImage, crop: Crop, px: u32) -> &[u8] {
+        self.resize(image, crop, px);
+        &self.pixels
+    }
+
+    /// The view that features are extracted from: shorter side to `px`, central square, normalised; nothing random.
+    ///
+    /// # Panics
+    /// If `out` has not 3 × px × px values: a bug of the caller.
+    pub fn eval_view(&mut self, image: &RgbImage, px: u32, out: &mut [f32]) {
+        let side = image.width().min(image.height());
+        let (left, top) = ((image.width() - side) / 2, (image.height() - side) / 2);
+        self.resize(image, Crop { left, top, width: side, height: side }, px);
+        normalize(&self.pixels, px as usize, false, out);
+    }
+
+    #[expect(clippy::expect_used, reason = "sizes are made to fit here")]
+    /// Cuts first, then resizes (bilinear, antialiased) within the cut, as PIL does.
+    fn resize(&mut self, image: &RgbImage, crop: Crop, px: u32) {
+        self.pixels.resize(3 * (px * px) as usize, 0);
+        let source = ImageRef::new(image.width(), image.height(), image.pixels(), PixelType::U8x3)
+            .expect("RgbImage holds 3 × width × height bytes");
+        let source = CroppedImage::new(&source, crop.left, crop.top, crop.width, crop.height)
+            .expect("a crop is drawn inside its image");
+        let mut target =
+            Image::from_slice_u8(px, px, &mut self.pixels, PixelType::U8x3).expect("the buffer was sized for the view");
+        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::Bilinear)).use_alpha(false);
+        self.resizer.resize(&source, &mut target, &options).expect("both images are RGB bytes");
+    }
+}
+
+/// `ToTensor` and `Normalize`: RGB bytes to CHW, mirrored where asked.
+fn normalize(pixels: &[u8], px: usize, flip: bool, out: &mut [f32]) {
+    assert_eq!(out.len(), pixels.len(), "a view of {px} pixels has 3 × {px} × {px} values");
+    for (channel, plane) in out.chunks_exact_mut(px * px).enumerate() {
+        let (mean, std) = (IMAGENET_MEAN[channel], IMAGENET_STD[channel]);
+        let table: [f32; 256] = std::array::from_fn(|value| (value as f32 / 255.0 - mean) / std);
+        for (row, line) in plane.chunks_exact_mut(px).zip(pixels.chunks_exact(3 * px)) {
+            let values = line.chunks_exact(3).map(|pixel| table[usize::from(pixel[channel])]);
+            if flip {
+                row.iter_mut().rev().zip(values).for_each(|(to, value)| *to = value);
+            } else {
+                row.iter_mut().zip(values).for_each(|(to, value)| *to = value);
+            }
+        }
+    }
+}
+
+/// The views of a batch of patches, in host memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ViewBatch {
+    /// Patches B.
+    pub len: usize,
+    /// Side of a global view.
+    pub global_px: u32,
+    /// Side of a local view.
+    pub local_px: u32,
+    /// (B, 3, G, G), row-major.
+    pub global: Vec<f32>,
+    /// (4B, 3, L, L), corner-major, row-major.
+    pub local: Vec<f32>,
+}
+
+impl ViewBatch {
+    /// A batch of zeros, to be filled patch by patch with [`ViewBatch::slots`].
+    #[must_use]
+    pub fn zeros(params: &ViewParams, len: usize) -> Self {
+        let values = |px: u32, views: usize| views * len * 3 * (px * px) as usize;
+        ViewBatch {
+            len,
+            global_px: params.global_px,
+            local_px: params.local_px,
+            global: vec![0.0; values(params.global_px, 1)],
+            local: vec![0.0; values(params.local_px, 4)],
+        }
+    }
+
+    /// For each patch the place of its global view and of its four local views.
+    pub fn slots(&mut self) -> Vec<ViewSlot<'_>> {
+        let (global, local) =
+            (3 * (self.global_px * self.global_px) as usize, 3 * (self.local_px * self.local_px) as usize);
+        let mut corners: Vec<_> =
+            self.local.chunks_exact_mut(local * self.len.max(1)).map(|corner| corner.chunks_exact_mut(local)).collect();
+        self.global
+            .chunks_exact_mut(global)
+            .map(|global| ViewSlot { global, local: corners.iter_mut().filter_map(Iterator::next).collect() })
+            .collect()
+    }
+
+    /// Copies the batch to a device.
+    #[must_use]
+    pub fn to_views(&self, device: Device) -> Views {
+        let tensor = |values: &[f32], px: u32| {
+            Tensor::from_slice(values).view([-1, 3, i64::from(px), i64::from(px)]).to_device(device)
+        };
+        Views { global: tensor(&self.global, self.global_px), local: Some(tensor(&self.local, self.local_px)) }
+    }
+}
+
+/// Where the views of one patch go.
+#[derive(Debug)]
+pub struct ViewSlot<'a> {
+    global: &'a mut [f32],
+    local: Vec<&'a mut [f32]>,
+}
+
+impl ViewSlot<'_> {
+    /// Renders all views of a patch into their places.
+    pub fn render(&mut self, renderer: &mut Renderer, params: &ViewParams, image: &RgbImage, draw: &PatchDraw) {
+        renderer.view(image, &draw.global, params.global_px, self.global);
+        for (slot, draw) in self.local.iter_mut().zip(&draw.local) {
+            renderer.view(image, draw, params.local_px, slot);
+        }
+    }
+}
+
+/// Draws and renders the views of a batch, `patches` as (patch id, image), on rayon's threads.
+#[must_use]
+pub fn render_batch(params: &ViewParams, patches: &[(u64, RgbImage)], seed: u64, epoch: u64) -> ViewBatch {
+    let mut batch = ViewBatch::zeros(params, patches.len());
+    batch.slots().into_par_iter().zip(patches).for_each_init(Renderer::new, |renderer, (mut slot, (id, image))| {
+        let draw = draw_patch(params, image.width(), image.height(), seed, epoch, *id);
+        slot.render(renderer, params, image, &draw);
+    });
+    batch
+}

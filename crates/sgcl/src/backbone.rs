@@ -1,0 +1,308 @@
+//! ResNet-18, 34 and 50 in torchvision's layout (v1.5: a bottleneck strides in its 3×3 convolution), without the classifier.
+//!
+//! Plain tensors rather than a `VarStore`: parameters come out in one fixed order, torchvision's, which c10d's reducer, the
+//! optimiser and the checkpoints share.
+
+use std::cell::Cell;
+use std::fmt;
+use std::str::FromStr;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::init::kaiming_normal_;
+
+const BN_MOMENTUM: f64 = 0.1;
+const BN_EPS: f64 = 1e-5;
+
+/// Which residual network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Arch {
+    /// Basic blocks 2, 2, 2, 2; width 512.
+    ResNet18,
+    /// Basic blocks 3, 4, 6, 3; width 512.
+    ResNet34,
+    /// Bottlenecks 3, 4, 6, 3; width 2,048.
+    ResNet50,
+}
+
+impl Arch {
+    /// Every architecture there is.
+    pub const ALL: [Arch; 3] = [Arch::ResNet18, Arch::ResNet34, Arch::ResNet50];
+
+    /// Width Db of the pooled feature.
+    #[must_use]
+    pub fn width(self) -> i64 {
+        512 * self.expansion()
+    }
+
+    /// torchvision's and timm's name.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Arch::ResNet18 => "resnet18",
+            Arch::ResNet34 => "resnet34",
+            Arch::ResNet50 => "resnet50",
+        }
+    }
+
+    fn blocks(self) -> [usize; 4] {
+        match self {
+            Arch::ResNet18 => [2, 2, 2, 2],
+            Arch::ResNet34 | Arch::ResNet50 => [3, 4, 6, 3],
+        }
+    }
+
+    fn expansion(self) -> i64 {
+        if self == Arch::ResNet50 { 4 } else { 1 }
+    }
+}
+
+impl fmt::Display for Arch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// An architecture's name that is none of ours.
+#[derive(Debug, thiserror::Error)]
+#[error("unknown backbone `{0}`: use resnet18, resnet34 or resnet50")]
+pub struct UnknownArch(String);
+
+impl FromStr for Arch {
+    type Err = UnknownArch;
+
+    fn from_str(name: &str) -> Result<Self, UnknownArch> {
+        Arch::ALL.into_iter().find(|arch| arch.name() == name).ok_or_else(|| UnknownArch(name.to_owned()))
+    }
+}
+
+/// A convolution without bias and the BatchNorm behind it.
+#[derive(Debug)]
+struct Unit {
+    conv: String,
+    norm: String,
+    weight: Tensor,
+    stride: i64,
+    padding: i64,
+    scale: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    var: Tensor,
+}
+
+impl Unit {
+    fn new(conv: String, norm: String, shape: [i64; 4], stride: i64, device: Device) -> Self {
+        let [out, _, kernel, _] = shape;
+        let float = (Kind::Float, device);
+        Unit {
+            conv,
+            norm,
+            weight: Tensor::zeros(shape, float).set_requires_grad(true),
+            stride,
+            padding: kernel / 2,
+            scale: Tensor::ones([out], float).set_requires_grad(true),
+            shift: Tensor::zeros([out], float).set_requires_grad(true),
+            mean: Tensor::zeros([out], float),
+            var: Tensor::ones([out], float),
+        }
+    }
+
+    fn forward(&self, x: &Tensor, train: bool) -> Tensor {
+        let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
+        x.conv2d(&self.weight, None::<&Tensor>, stride, padding, [1, 1], 1).batch_norm(
+            Some(&self.scale),
+            Some(&self.shift),
+            Some(&self.mean),
+            Some(&self.var),
+            train,
+            BN_MOMENTUM,
+            BN_EPS,
+            true,
+        )
+    }
+}
+
+/// A residual block, basic or bottleneck: units in a row, ReLU between them, the shortcut added before the last ReLU.
+#[derive(Debug)]
+struct Block {
+    units: Vec<Unit>,
+    downsample: Option<Unit>,
+}
+
+impl Block {
+    fn new(arch: Arch, name: &str, input: i64, planes: i64, stride: i64, device: Device) -> Self {
+        let output = planes * arch.expansion();
+        // (width in, width out, kernel, stride) of each convolution.
+        let shapes: Vec<[i64; 4]> = match arch {
+            Arch::ResNet18 | Arch::ResNet34 => vec![[input, planes, 3, stride], [planes, planes, 3, 1]],
+            Arch::ResNet50 => vec![[input, planes, 1, 1], [planes, planes, 3, stride], [planes, output, 1, 1]],
+        };
+        let units = shapes
+            .iter()
+            .zip(1..)
+            .map(|(&[i, o, k, s], n)| {
+                Unit::new(format!("{name}.conv{n}"), format!("{name}.bn{n}"), [o, i, k, k], s, device)
+            })
+            .collect();
+        let downsample = (stride != 1 || input != output).then(|| {
+            let (conv, norm) = (format!("{name}.downsample.0"), format!("{name}.downsample.1"));
+            Unit::new(conv, norm, [output, input, 1, 1], stride, device)
+        });
+        Block { units, downsample }
+    }
+
+    fn forward(&self, x: &Tensor, train: bool) -> Tensor {
+        let mut y = x.shallow_clone();
+        for (i, unit) in self.units.iter().enumerate() {
+            if i > 0 {
+                let _ = y.relu_();
+            }
+            y = unit.forward(&y, train);
+        }
+        let mut sum = match &self.downsample {
+            Some(unit) => y + unit.forward(x, train),
+            None => y + x,
+        };
+        sum.relu_()
+    }
+}
+
+/// A residual network up to its pooled feature.
+#[derive(Debug)]
+pub struct Backbone {
+    arch: Arch,
+    stem: Unit,
+    blocks: Vec<Block>,
+    /// Training passes so far: torchvision's `num_batches_tracked`, the same in every layer.
+    batches: Cell<i64>,
+}
+
+impl Backbone {
+    /// A network with all convolutions zero: call [`Backbone::init`] or load weights before use.
+    #[must_use]
+    pub fn new(arch: Arch, device: Device) -> Self {
+        let stem = Unit::new("conv1".into(), "bn1".into(), [64, 3, 7, 7], 2, device);
+        let mut blocks = Vec::new();
+        let mut input = 64;
+        for (stage, count) in arch.blocks().into_iter().enumerate() {
+            let planes = 64_i64 << stage;
+            for block in 0..count {
+                let stride = if stage > 0 && block == 0 { 2 } else { 1 };
+                let name = format!("layer{}.{block}", stage + 1);
+                blocks.push(Block::new(arch, &name, input, planes, stride, device));
+                input = planes * arch.expansion();
+            }
+        }
+        Backbone { arch, stem, blocks, batches: Cell::new(0) }
+    }
+
+    /// Convolutions Kaiming normal with fan-in and gain √2, BatchNorm 1 and 0, running statistics 0 and 1.
+    /// Tensor i of [`Backbone::parameters`] is drawn from stream `first + i`.
+    pub fn init(&self, seed: u64, first: u64) {
+        for (item, (name, parameter)) in (first..).zip(self.parameters()) {
+            let mut parameter = parameter.detach();
+            match parameter.dim() {
+                4 => kaiming_normal_(&parameter, seed, item),
+                _ if name.ends_with(".weight") => drop(parameter.fill_(1.0)),
+                _ => drop(parameter.zero_()),
+            }
+        }
+        for unit in self.units() {
+            let (mut mean, mut var) = (unit.mean.shallow_clone(), unit.var.shallow_clone());
+            let _ = (mean.zero_(), var.fill_(1.0));
+        }
+        self.batches.set(0);
+    }
+
+    /// The architecture.
+    #[must_use]
+    pub fn arch(&self) -> Arch {
+        self.arch
+    }
+
+    /// The map before pooling: x (B, 3, H, W) → (B, Db, ⌈H/32⌉, ⌈W/32⌉).
+    pub fn feature_map(&self, x: &Tensor, train: bool) -> Tensor {
+        if train {
+            self.batches.set(self.batches.get() + 1);
+        }
+        // Channels-last spares oneDNN and cuDNN a reordering round every convolution.
+        let x = x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]);
+        let mut stem = self.stem.forward(&x, train);
+        let stem = stem.relu_().max_pool2d([3, 3], [2, 2], [1, 1], [1, 1], false);
+        self.blocks.iter().fold(stem, |y, block| block.forward(&y, train))
+    }
+
+    /// Average-pooled features, not normalised: x (B, 3, H, W) → (B, Db).
+    pub fn features(&self, x: &Tensor, train: bool) -> Tensor {
+        self.feature_map(x, train).adaptive_avg_pool2d([1, 1]).flatten(1, -1)
+    }
+
+    /// Trainable tensors under torchvision's names, in torchvision's order. The tensors share storage with the network.
+    #[must_use]
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        self.units()
+            .flat_map(|unit| {
+                [
+                    (format!("{}.weight", unit.conv), unit.weight.shallow_clone()),
+                    (format!("{}.weight", unit.norm), unit.scale.shallow_clone()),
+                    (format!("{}.bias", unit.norm), unit.shift.shallow_clone()),
+                ]
+            })
+            .collect()
+    }
+
+    /// Running means and variances under torchvision's names. The tensors share storage with the network.
+    #[must_use]
+    pub fn buffers(&self) -> Vec<(String, Tensor)> {
+        self.units()
+            .flat_map(|unit| {
+                [
+                    (format!("{}.running_mean", unit.norm), unit.mean.shallow_clone()),
+                    (format!("{}.running_var", unit.norm), unit.var.shallow_clone()),
+                ]
+            })
+            .collect()
+    }
+
+    /// All that torchvision's `state_dict()` holds but `fc`, in its order, `num_batches_tracked` (int64 scalars) included.
+    #[must_use]
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        let mut parameters = self.parameters().into_iter();
+        let mut buffers = self.buffers().into_iter();
+        let mut state = Vec::new();
+        for unit in self.units() {
+            state.extend(parameters.by_ref().take(3));
+            state.extend(buffers.by_ref().take(2));
+            state.push((format!("{}.num_batches_tracked", unit.norm), Tensor::from(self.batches.get())));
+        }
+        state
+    }
+
+    /// Sets `num_batches_tracked` of every layer.
+    pub fn set_batches_tracked(&self, batches: i64) {
+        self.batches.set(batches);
+    }
+
+    /// A copy of all running statistics as one vector: every layer's means, then its variances, layer by layer. Averaging
+    /// these vectors over lanes and ranks gives every rank the same statistics.
+    pub fn bn_stats(&self) -> Tensor {
+        Tensor::cat(&self.buffers().into_iter().map(|(_, tensor)| tensor).collect::<Vec<_>>(), 0)
+    }
+
+    /// Writes back a vector made by [`Backbone::bn_stats`].
+    ///
+    /// # Panics
+    /// If `stats` has another length: a bug of the caller.
+    pub fn set_bn_stats(&self, stats: &Tensor) {
+        let buffers = self.buffers();
+        let sizes: Vec<i64> = buffers.iter().map(|(_, tensor)| tensor.size()[0]).collect();
+        for ((_, mut buffer), part) in buffers.into_iter().zip(stats.split_with_sizes(sizes, 0)) {
+            buffer.copy_(&part);
+        }
+    }
+
+    fn units(&self) -> impl Iterator<Item = &Unit> {
+        std::iter::once(&self.stem)
+            .chain(self.blocks.iter().flat_map(|block| block.units.iter().chain(block.downsample.as_ref())))
+    }
+}

@@ -1,0 +1,85 @@
+//! Probes against scikit-learn's.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::collections::BTreeSet;
+
+use common::{oracle, seed, tensors};
+use sgcl::probe::{LinearParams, ProbeError, Scores, Split, knn, linear, split_by_slide};
+use tch::{Device, Kind, Tensor};
+
+fn assert_close(what: &str, scores: &Scores, expected: &serde_json::Value) {
+    let confusion: Vec<Vec<usize>> = serde_json::from_value(expected["confusion"].clone()).unwrap();
+    assert_eq!(scores.confusion, confusion, "{what}, seed {}", seed());
+    for (name, found) in
+        [("accuracy", scores.accuracy), ("balanced", scores.balanced_accuracy), ("f1", scores.macro_f1)]
+    {
+        let expected = expected[name].as_f64().unwrap();
+        assert!((found - expected).abs() < 1e-9, "{what} {name}: {found}, scikit-learn {expected}");
+    }
+}
+
+#[test]
+fn probes_answer_as_scikit_learn() {
+    let dir = tempfile::tempdir().unwrap();
+    oracle("probe.py", &[dir.path().to_str().unwrap(), &seed().to_string()]);
+    let file = tensors(&dir.path().join("data.safetensors"));
+    let answer: serde_json::Value =
+        serde_json::from_str(&std::fs::read_to_string(dir.path().join("answer.json")).unwrap()).unwrap();
+    let labels: Vec<i64> = (&file["labels"]).try_into().unwrap();
+    let slides: Vec<i64> = (&file["slides"]).try_into().unwrap();
+    // Unlabelled rows are handed in too: the probes leave them out.
+    let (test, train) = (0..labels.len()).partition(|&row| slides[row] < 5);
+    let split = Split { train, test };
+    for k in [10, 20] {
+        let scores = knn(&file["x"], &labels, 4, &split, k, 0.07).unwrap();
+        assert_close(&format!("knn {k}"), &scores, &answer[format!("knn{k}")]);
+    }
+    let params = LinearParams { tolerance: 1e-9, iterations: 2_000, ..LinearParams::default() };
+    let probe = linear(&file["x"], &labels, 4, &split, &params).unwrap();
+    assert!(probe.converged, "{probe:?}");
+    assert_close("linear", &probe.scores, &answer["linear"]);
+    let loss = answer["loss"].as_f64().unwrap();
+    assert!((probe.train_loss / loss - 1.0).abs() < 1e-6, "loss {}, scikit-learn {loss}", probe.train_loss);
+    // The default tolerance is near enough.
+    let quick = linear(&file["x"], &labels, 4, &split, &LinearParams::default()).unwrap();
+    assert!(quick.converged && (quick.scores.accuracy - probe.scores.accuracy).abs() < 0.01, "{quick:?}");
+    let again = linear(&file["x"], &labels, 4, &split, &LinearParams::default()).unwrap();
+    assert_eq!(quick.train_loss.to_bits(), again.train_loss.to_bits(), "the same data give the same fit");
+    let class = &quick.scores.classes[3];
+    assert_eq!(class.test, split.test.iter().filter(|&&row| labels[row] == 3).count());
+    assert_eq!(class.train, split.train.iter().filter(|&&row| labels[row] == 3).count());
+}
+
+#[test]
+fn no_slide_is_on_both_sides_of_a_split() {
+    let slides: Vec<u32> = (0..400).map(|row| row % 13).collect();
+    let labels: Vec<i64> = (0..400).map(|row| if row % 7 == 0 { -1 } else { row % 3 }).collect();
+    let mut seen = BTreeSet::new();
+    for trial in 0..20 {
+        let split = split_by_slide(&labels, &slides, 0.3, seed(), trial).unwrap();
+        let of = |rows: &[usize]| rows.iter().map(|&row| slides[row]).collect::<BTreeSet<_>>();
+        let (train, test) = (of(&split.train), of(&split.test));
+        assert!(train.is_disjoint(&test));
+        assert_eq!((train.len(), test.len()), (9, 4));
+        assert_eq!(split.train.len() + split.test.len(), labels.iter().filter(|&&label| label >= 0).count());
+        assert_eq!(split, split_by_slide(&labels, &slides, 0.3, seed(), trial).unwrap());
+        seen.insert(test);
+    }
+    assert!(seen.len() > 10, "trials draw other slides");
+}
+
+#[test]
+fn input_that_makes_no_sense_is_refused_by_name() {
+    let x = Tensor::ones([4, 2], (Kind::Float, Device::Cpu));
+    let split = Split { train: vec![0, 1], test: vec![2, 3] };
+    assert_eq!(split_by_slide(&[0, 1], &[5, 5], 0.5, 1, 0), Err(ProbeError::Slides { slides: 1 }));
+    assert_eq!(knn(&x, &[0, 1], 2, &split, 1, 0.07), Err(ProbeError::Length { features: 4, other: 2, what: "labels" }));
+    assert_eq!(knn(&x, &[0, 1, -1, -1], 2, &split, 1, 0.07), Err(ProbeError::Empty { half: "test" }));
+    assert_eq!(knn(&x, &[0, 1, 2, 0], 2, &split, 1, 0.07), Err(ProbeError::Label { row: 2, label: 2, classes: 2 }));
+    assert!(knn(&x, &[0, 1, 1, 0], 2, &split, 3, 0.07).unwrap_err().to_string().contains("k is 3"));
+    let nan = Tensor::full([4, 2], f64::NAN, (Kind::Float, Device::Cpu));
+    assert!(linear(&nan, &[0, 1, 1, 0], 2, &split, &LinearParams::default()).unwrap_err().to_string().contains("NaN"));
+}

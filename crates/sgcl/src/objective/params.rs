@@ -1,0 +1,154 @@
+//! Constants of the objective and whether they fit a patch set.
+
+/// Which loss.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Variant {
+    /// The loss as meant.
+    #[default]
+    Exact,
+    /// The published code, quirks included.
+    Released,
+}
+
+/// Constants of a step; defaults as published.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Params {
+    /// Which loss.
+    pub variant: Variant,
+    /// Radius of spatial positives, grid units, strict.
+    pub radius: f64,
+    /// Auxiliary anchors A of an anchor.
+    pub auxiliary: i64,
+    /// Nearest bank rows searched for semantic positives.
+    pub nearest: i64,
+    /// Random negatives K, a multiple of 4.
+    pub negatives: i64,
+    /// Hard negatives H.
+    pub hard: i64,
+    /// Share of the ranking hard negatives come from.
+    pub top_fraction: f64,
+    /// Temperature of intra and inner.
+    pub t_instance: f64,
+    /// Temperature of inter.
+    pub t_spatial: f64,
+    /// Clusters of a k-means run.
+    pub clusters: i64,
+    /// Weight of new features in a bank row.
+    pub bank_momentum: f64,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Self {
+            variant: Variant::Exact,
+            radius: 3.0,
+            auxiliary: 1,
+            nearest: 4096,
+            negatives: 65_536,
+            hard: 4096,
+            top_fraction: 0.2,
+            t_instance: 0.2,
+            t_spatial: 0.07,
+            clusters: 1000,
+            bank_momentum: 0.5,
+        }
+    }
+}
+
+/// Constants that do not fit the patch set, or no set at all.
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub enum ParamsError {
+    /// Too many hard negatives.
+    #[error("hard negatives: {hard} asked, but the top {top_fraction} of {n} patches holds {top}; set at most {top}")]
+    Hard {
+        /// H.
+        hard: i64,
+        /// Share of the ranking.
+        top_fraction: f64,
+        /// N.
+        n: i64,
+        /// Ranks in the share.
+        top: i64,
+    },
+    /// Too many nearest rows.
+    #[error("nearest: {nearest} asked of {n} patches; set at least 1 and fewer than {n}")]
+    Nearest {
+        /// Rows asked.
+        nearest: i64,
+        /// N.
+        n: i64,
+    },
+    /// Too many clusters.
+    #[error("k-means: {clusters} clusters asked of {n} patches; set 1 to {n}")]
+    Clusters {
+        /// Clusters asked.
+        clusters: i64,
+        /// N.
+        n: i64,
+    },
+    /// Too many auxiliary anchors.
+    #[error("auxiliary anchors: {auxiliary} asked of {n} patches; set 0 to {n}")]
+    Auxiliary {
+        /// Anchors asked.
+        auxiliary: i64,
+        /// N.
+        n: i64,
+    },
+    /// K not a positive multiple of 4.
+    #[error(
+        "negatives: {0} is no positive multiple of 4 (a local view takes a quarter from each corner); set such a number"
+    )]
+    Negatives(i64),
+    /// A number outside its range.
+    #[error("{name}: {value} is outside {range}")]
+    Range {
+        /// Field.
+        name: &'static str,
+        /// Value.
+        value: f64,
+        /// What is allowed.
+        range: &'static str,
+    },
+}
+
+impl Params {
+    /// Ranks hard negatives are drawn from: ⌊top fraction · n⌋.
+    #[must_use]
+    pub fn top(&self, n: i64) -> i64 {
+        (self.top_fraction * n as f64) as i64
+    }
+
+    /// Refuses what does not fit a patch set of `n` patches.
+    pub fn check(&self, n: i64) -> Result<(), ParamsError> {
+        let positive = |v: f64| v > 0.0 && v.is_finite();
+        let share = |v: f64| v > 0.0 && v <= 1.0;
+        for (name, value, fits, range) in [
+            ("radius", self.radius, positive(self.radius), "(0, inf)"),
+            ("t_instance", self.t_instance, positive(self.t_instance), "(0, inf)"),
+            ("t_spatial", self.t_spatial, positive(self.t_spatial), "(0, inf)"),
+            ("top_fraction", self.top_fraction, share(self.top_fraction), "(0, 1]"),
+            ("bank_momentum", self.bank_momentum, share(self.bank_momentum), "(0, 1]"),
+        ] {
+            if !fits {
+                return Err(ParamsError::Range { name, value, range });
+            }
+        }
+        let top = self.top(n);
+        if self.hard < 1 || self.hard > top {
+            return Err(ParamsError::Hard { hard: self.hard, top_fraction: self.top_fraction, n, top });
+        }
+        if self.nearest < 1 || self.nearest >= n {
+            return Err(ParamsError::Nearest { nearest: self.nearest, n });
+        }
+        if self.clusters < 1 || self.clusters > n {
+            return Err(ParamsError::Clusters { clusters: self.clusters, n });
+        }
+        if self.auxiliary < 0 || self.auxiliary > n {
+            return Err(ParamsError::Auxiliary { auxiliary: self.auxiliary, n });
+        }
+        if self.negatives < 4 || self.negatives % 4 != 0 {
+            return Err(ParamsError::Negatives(self.negatives));
+        }
+        Ok(())
+    }
+}

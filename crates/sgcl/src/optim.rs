@@ -1,0 +1,94 @@
+//! Stochastic gradient descent with momentum, as `torch.optim.SGD`.
+
+use std::collections::BTreeMap;
+use tch::Tensor;
+
+/// State that does not fit the parameters.
+#[derive(Debug, thiserror::Error)]
+pub enum OptimError {
+    /// No parameter of that name.
+    #[error("the optimiser has no parameter {0}; the checkpoint is of another model")]
+    Unknown(String),
+    /// A momentum of another shape.
+    #[error("momentum of {name} has shape {got:?}, its parameter {expected:?}; the checkpoint is of another model")]
+    Shape {
+        /// Parameter.
+        name: String,
+        /// Shape of the parameter.
+        expected: Vec<i64>,
+        /// Shape of the state.
+        got: Vec<i64>,
+    },
+}
+
+/// Momentum SGD over named parameters; weight decay applies to all of them.
+#[derive(Debug)]
+pub struct Sgd {
+    parameters: BTreeMap<String, Tensor>,
+    momenta: BTreeMap<String, Tensor>,
+    momentum: f64,
+    weight_decay: f64,
+}
+
+impl Sgd {
+    /// `parameters` share storage with the model's. Published values: momentum 0.9, weight decay 1e-4.
+    #[must_use]
+    pub fn new(parameters: impl IntoIterator<Item = (String, Tensor)>, momentum: f64, weight_decay: f64) -> Self {
+        Self { parameters: parameters.into_iter().collect(), momenta: BTreeMap::new(), momentum, weight_decay }
+    }
+
+    /// d = gradient + decay·p; m ← momentum·m + d (m = d at first); p ← p − lr·m. A parameter without gradient stays.
+    pub fn step(&mut self, lr: f64) {
+        tch::no_grad(|| {
+            for (name, parameter) in &mut self.parameters {
+                let gradient = parameter.grad();
+                if !gradient.defined() {
+                    continue;
+                }
+                let d = gradient + &*parameter * self.weight_decay;
+                let m = match self.momenta.get_mut(name) {
+                    Some(m) => {
+                        let _ = m.g_mul_scalar_(self.momentum);
+                        let _ = m.g_add_(&d);
+                        m
+                    }
+                    None => self.momenta.entry(name.clone()).or_insert(d),
+                };
+                let _ = parameter.g_sub_(&(&*m * lr));
+            }
+        });
+    }
+
+    /// Zeroes the gradients in place (their storage may belong to a reducer).
+    pub fn zero_grad(&mut self) {
+        for parameter in self.parameters.values() {
+            let mut gradient = parameter.grad();
+            if gradient.defined() {
+                let _ = tch::no_grad(|| gradient.zero_());
+            }
+        }
+    }
+
+    /// Momentum by parameter name, in name order; copies. Parameters that had no gradient yet are absent.
+    #[must_use]
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        self.momenta.iter().map(|(name, m)| (name.clone(), m.copy())).collect()
+    }
+
+    /// Replaces the momenta by those of [`Sgd::state`].
+    pub fn load_state(&mut self, state: impl IntoIterator<Item = (String, Tensor)>) -> Result<(), OptimError> {
+        let mut momenta = BTreeMap::new();
+        for (name, m) in state {
+            let Some(parameter) = self.parameters.get(&name) else {
+                return Err(OptimError::Unknown(name));
+            };
+            if parameter.size() != m.size() {
+                return Err(OptimError::Shape { name, expected: parameter.size(), got: m.size() });
+            }
+            let m = tch::no_grad(|| m.to_device(parameter.device()).to_kind(parameter.kind()).copy());
+            momenta.insert(name, m);
+        }
+        self.momenta = momenta;
+        Ok(())
+    }
+}

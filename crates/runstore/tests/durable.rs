@@ -359,3 +359,11 @@ fn a_tensor_whose_bytes_do_not_match_its_shape_is_named() {
     wrong.shape = vec![3];
     assert!(encode(&[wrong]).unwrap_err().to_string().contains("layer1.weight"));
 }
+
+#[test]
+fn a_storage_that_does_not_answer_is_not_damage() {
+    let away = sgcl_patchset::StoreError::Unreachable { object: "s3://b/x".into(), detail: "refused".into() };
+    assert!(!RunStoreError::from(away).is_damage(), "an outage must not make a run fall back to an older commit");
+    let gone = sgcl_patchset::StoreError::NotFound { object: "s3://b/x".into() };
+    assert!(RunStoreError::from(gone).is_damage());
+}

@@ -174,7 +174,6 @@ impl Banks {
 }
 
 /// Rows divided by their Euclidean length, at least 1e-12: (n, D) to (n, D).
-#[must_use]
 pub fn unit(rows: &Tensor) -> Tensor {
     let length = (rows * rows).sum_dim_intlist([1_i64].as_slice(), true, Kind::Float).sqrt();
     rows / length.clamp_min(1e-12)

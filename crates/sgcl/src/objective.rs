@@ -81,7 +81,6 @@ pub enum StepError {
 }
 
 /// One label for the labels (M, N) i64 of all k-means runs: (N) i64, equal where every run agrees.
-#[must_use]
 pub fn joint_labels(labels: &Tensor) -> Tensor {
     let mut joint = labels.select(0, 0).copy();
     for run in 1..labels.size()[0] {

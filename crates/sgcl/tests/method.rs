@@ -135,7 +135,7 @@ fn exported_shards_put_back_make_the_same_bank() {
 }
 
 #[test]
-fn k_means_finds_separate_groups_repeats_itself_and_leaves_no_cluster_empty() {
+fn k_means_repeats_itself_and_leaves_no_cluster_empty() {
     let centres = Tensor::eye(6, (Kind::Float, Device::Cpu));
     let noise = Banks::random(seed(), 600, 6, 6, Device::Cpu).global * 0.05;
     let rows = centres.repeat([100, 1]) + noise;

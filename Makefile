@@ -1,0 +1,58 @@
+# Two commands: `make demo` and `make test`. Each installs what is missing first (scripts/setup), and says so.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# Absolute, so that scripts find the binaries wherever they run.
+export CARGO_TARGET_DIR ?= $(CURDIR)/target
+# Read back from what scripts/setup wrote for cargo; a value of the caller's own wins.
+python = $${SGCL_PYTHON:-$$(sed -n 's/^SGCL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)}
+
+.PHONY: help setup setup-tests build demo test test-goldens lint nccl doc clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## installs libtorch and system packages; a second call does nothing
+	@scripts/setup
+
+setup-tests:
+	@scripts/setup --tests
+
+build: setup ## builds sgclctl and sgcl-worker (the first time: some ten minutes on two cores)
+	cargo build --release --locked --workspace --bins
+
+demo: build ## from nothing to a trained encoder and its report, under demo/
+	SGCL_PYTHON="$(python)" scripts/demo
+
+test: setup-tests build ## every test; on nextest where it is installed
+	@if cargo nextest --version >/dev/null 2>&1; then \
+	  cargo nextest run --release --locked --workspace && cargo test --release --locked --workspace --doc; \
+	else \
+	  echo "test: cargo-nextest is not installed, so plain cargo test runs"; \
+	  cargo test --release --locked --workspace; \
+	fi
+
+test-goldens: setup-tests ## the method against every case in the folder SGCL_GOLDENS names, listing what it read
+	cargo test --release --locked -p sgcl --test goldens -- --nocapture
+
+lint: setup ## format, clippy, and the supply chain where cargo-deny is installed
+	cargo fmt --all --check
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+	@if cargo deny --version >/dev/null 2>&1; then \
+	  cargo deny --locked check; \
+	else \
+	  echo "lint: skipped advisories and licences, since cargo-deny is not installed (cargo install --locked cargo-deny)"; \
+	fi
+
+nccl: ## compiles and links the NCCL half, which takes CUDA's headers but no GPU
+	@scripts/setup --nccl
+	cargo test --release --locked -p sgcl-c10d --features nccl --no-run
+
+doc: setup ## the crates' documentation
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --workspace --no-deps
+
+clean: ## removes build outputs and the demo; the cache folder stays
+	cargo clean
+	rm -rf demo

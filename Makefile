@@ -46,9 +46,9 @@ lint: setup ## format, clippy, and the supply chain where cargo-deny is installe
 	  echo "lint: skipped advisories and licences, since cargo-deny is not installed (cargo install --locked cargo-deny)"; \
 	fi
 
-nccl: ## compiles and links the NCCL half, which takes CUDA's headers but no GPU
+nccl: ## compiles, links and loads the NCCL half; without a GPU it must say that there is none
 	@scripts/setup --nccl
-	cargo test --release --locked -p sgcl-c10d --features nccl --no-run
+	cargo test --release --locked -p sgcl-c10d --features nccl --test nccl
 
 doc: setup ## the crates' documentation
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --workspace --no-deps

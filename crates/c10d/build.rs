@@ -24,7 +24,7 @@ fn main() {
         .define("USE_C10D_GLOO", None)
         .files(["shim/store.cpp", "shim/group.cpp", "shim/reducer.cpp"]);
     if env::var_os("CARGO_FEATURE_NCCL").is_some() {
-        shim.define("USE_C10D_NCCL", None).define("USE_CUDA", None).includes(cuda_headers());
+        shim.define("USE_C10D_NCCL", None).define("USE_CUDA", None).includes(cuda_headers()).include("shim/cuda_math");
     }
     shim.compile("sgcl_c10d");
 
@@ -47,7 +47,7 @@ fn cuda_headers() -> Vec<PathBuf> {
     for header in ["nccl.h", "cuda_runtime_api.h", "crt/host_defines.h"] {
         assert!(
             folders.iter().any(|folder| folder.join(header).exists()),
-            "no folder of SGCL_CUDA_INCLUDE holds {header}: run `make setup`"
+            "no folder of SGCL_CUDA_INCLUDE holds {header}: run `scripts/setup --nccl`"
         );
     }
     folders

@@ -1,0 +1,13 @@
+//! The coordinator of a run: gathers nodes, deals ranks, makes checkpoints into commits, ends or retries generations.
+//!
+//! [`machine`] decides and does nothing else; [`server`] does what it decided.
+
+pub mod launcher;
+pub mod machine;
+pub mod server;
+pub mod view;
+
+pub use launcher::{Launcher, ProcessLauncher};
+pub use machine::Outcome;
+pub use server::Coordinator;
+pub use view::RunView;

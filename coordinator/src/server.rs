@@ -1,0 +1,437 @@
+//! The machine at work: gRPC streams in, effects out, one task that owns all state.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use sgcl_proto::v1::coordinator_server::{Coordinator as Service, CoordinatorServer};
+use sgcl_proto::v1::{self, NodeEvent, NodeOrder, RankEvent, RankOrder, node_event, node_order, rank_event, rank_order};
+use sgcl_proto::MAX_MESSAGE_BYTES;
+use sgcl_patchset::Store;
+use sgcl_runstore::commit::Progress;
+use sgcl_runstore::status::{EventKind, Events};
+use sgcl_runstore::{Commit, Commits, PartKind, PartRef, RunStoreError, Spec};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::time::Instant;
+use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::launcher::Launcher;
+use crate::machine::{Effect, Event, Machine, Outcome, Place, Settings};
+use crate::view::RunView;
+
+/// How often time alone is looked at.
+const TICK: Duration = Duration::from_millis(250);
+
+/// A run to coordinate.
+pub struct Coordinator<L> {
+    /// What to train.
+    pub spec: Spec,
+    /// The run's part of the bucket.
+    pub run: Store,
+    /// How nodes are started.
+    pub launcher: L,
+    /// Where watchers look.
+    pub view: watch::Sender<RunView>,
+    /// Cancelled once: stop after a commit. `kill` cancelled: stop at once.
+    pub stop: CancellationToken,
+    /// Cancelled: end without a commit.
+    pub kill: CancellationToken,
+}
+
+/// What the streams tell the one task that owns the state.
+enum Input {
+    Event(Event),
+    Node(String, mpsc::UnboundedSender<Result<NodeOrder, Status>>),
+    Rank(Place, mpsc::UnboundedSender<Result<RankOrder, Status>>),
+    Progress(v1::Progress),
+    Parts { generation: u64, rank: u32, parts: v1::PartsWritten },
+    Committed { generation: u64, step: u64, result: Result<Commit> },
+}
+
+impl<L: Launcher> Coordinator<L> {
+    /// Coordinates the run until it ends.
+    ///
+    /// # Errors
+    /// The bucket cannot be read or written, or a node cannot be started.
+    pub async fn serve(self, listener: TcpListener) -> Result<Outcome> {
+        let address = listener.local_addr().context("the coordinator's listener has no address")?;
+        let (inputs, received) = mpsc::channel(1024);
+        let service = Streams { inputs: inputs.clone(), run: self.spec.run.to_string() };
+        let service = CoordinatorServer::new(service)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let ended = CancellationToken::new();
+        let over = ended.clone();
+        let server = tokio::spawn(
+            tonic::transport::Server::builder()
+                .http2_keepalive_interval(Some(Duration::from_secs(10)))
+                .add_service(service)
+                .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move { over.cancelled().await }),
+        );
+        let outcome = self.own(address, inputs, received).await;
+        // Streams are still open where a node has not left yet: give them a moment, then close.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        ended.cancel();
+        server.abort();
+        outcome
+    }
+
+    async fn own(
+        self,
+        address: SocketAddr,
+        inputs: mpsc::Sender<Input>,
+        mut received: mpsc::Receiver<Input>,
+    ) -> Result<Outcome> {
+        let newest = Commits::new(&self.run).newest_intact().await?;
+        for skipped in newest.iter().flat_map(|found| &found.skipped) {
+            tracing::warn!("{skipped}");
+        }
+        let commit = newest.map(|found| found.commit);
+        let generation = commit.as_ref().map_or(0, |commit| commit.progress.generation);
+        let settings = Settings {
+            nodes: self.spec.nodes,
+            min_nodes: self.spec.min_nodes,
+            ranks_per_node: self.spec.ranks_per_node,
+            max_restarts: self.spec.config.max_restarts,
+            startup_timeout: Duration::from_secs(self.spec.config.startup_timeout_s),
+            step_timeout: Duration::from_secs(self.spec.config.step_timeout_s),
+        };
+        let (machine, effects) = Machine::start(settings, generation, Instant::now());
+        let mut desk = Desk {
+            machine,
+            commit,
+            nodes: BTreeMap::new(),
+            ranks: BTreeMap::new(),
+            parts: BTreeMap::new(),
+            inputs,
+            coordinator: format!("http://{address}"),
+            owner: &self,
+        };
+        if let Some(outcome) = desk.carry_out(effects).await? {
+            return Ok(outcome);
+        }
+        let mut tick = tokio::time::interval(TICK);
+        let mut asked = false;
+        loop {
+            let event = tokio::select! {
+                Some(input) = received.recv() => match desk.take(input) {
+                    Some(event) => event,
+                    None => continue,
+                },
+                _ = tick.tick() => Event::Tick,
+                () = self.stop.cancelled(), if !asked => { asked = true; Event::StopRequested }
+                () = self.kill.cancelled() => {
+                    self.launcher.kill_all();
+                    let reason = "stopped at once on request".to_owned();
+                    self.record(EventKind::Suspended { reason: reason.clone() }).await?;
+                    return Ok(Outcome::Suspended { reason });
+                }
+            };
+            let effects = desk.machine.handle(Instant::now(), event);
+            if let Some(outcome) = desk.carry_out(effects).await? {
+                return Ok(outcome);
+            }
+        }
+    }
+
+    async fn record(&self, kind: EventKind) -> Result<(), RunStoreError> {
+        Events::new(&self.run).append(kind, jiff::Timestamp::now()).await.map(drop)
+    }
+}
+
+/// Everything the owning task holds beside the machine.
+struct Desk<'a, L> {
+    owner: &'a Coordinator<L>,
+    machine: Machine,
+    commit: Option<Commit>,
+    nodes: BTreeMap<String, mpsc::UnboundedSender<Result<NodeOrder, Status>>>,
+    ranks: BTreeMap<Place, mpsc::UnboundedSender<Result<RankOrder, Status>>>,
+    /// Parts of checkpoints under way, by step.
+    parts: BTreeMap<u64, Vec<v1::PartsWritten>>,
+    inputs: mpsc::Sender<Input>,
+    coordinator: String,
+}
+
+impl<L: Launcher> Desk<'_, L> {
+    /// Keeps what the machine does not need, hands on what it does.
+    fn take(&mut self, input: Input) -> Option<Event> {
+        match input {
+            Input::Event(event) => Some(event),
+            Input::Node(node, orders) => {
+                self.nodes.insert(node, orders);
+                let nodes = self.nodes.len() as u32;
+                self.owner.view.send_modify(|view| view.nodes = nodes);
+                None
+            }
+            Input::Rank(place, orders) => {
+                self.ranks.insert(place, orders);
+                None
+            }
+            Input::Progress(progress) => {
+                self.owner.view.send_modify(|view| {
+                    view.phase = progress.phase;
+                    view.epoch = progress.epoch;
+                    view.epoch_step = progress.epoch_step;
+                    view.epoch_steps = progress.epoch_steps;
+                    view.step = progress.step;
+                    if !progress.metrics.is_empty() {
+                        view.metrics = progress.metrics.into_iter().collect();
+                        view.samples_per_second = progress.samples_per_second;
+                    }
+                });
+                None
+            }
+            Input::Parts { generation, rank, parts } => {
+                if generation != self.machine.generation() {
+                    return None;
+                }
+                let step = parts.step;
+                self.parts.entry(step).or_default().push(parts);
+                Some(Event::PartsWritten { generation, rank, step })
+            }
+            Input::Committed { generation, step, result } => match result {
+                Ok(commit) => {
+                    let seq = commit.seq;
+                    self.commit = Some(commit);
+                    self.owner.view.send_modify(|view| view.last_commit = Some(seq));
+                    Some(Event::Committed { generation, seq, step })
+                }
+                Err(error) => Some(Event::CommitFailed { generation, reason: format!("the commit failed: {error:#}") }),
+            },
+        }
+    }
+
+    async fn carry_out(&mut self, effects: Vec<Effect>) -> Result<Option<Outcome>> {
+        for effect in effects {
+            tracing::debug!(?effect, "decided");
+            match effect {
+                Effect::Launch { slot, attempt } => self.owner.launcher.launch(slot, attempt, &self.coordinator)?,
+                Effect::StartRanks { node, generation, count } => {
+                    self.ranks.retain(|place, _| place.0 != node);
+                    self.parts.clear();
+                    self.order(&node, node_order::Order::Start(v1::StartRanks { generation, count }));
+                }
+                Effect::StopRanks { node, generation } => {
+                    self.order(&node, node_order::Order::Stop(v1::StopRanks { generation }));
+                }
+                Effect::Leave { node, reason, code } => {
+                    self.order(&node, node_order::Order::Leave(v1::Leave { reason, exit_code: code }));
+                }
+                Effect::Assign { place, generation, rank, world } => {
+                    let spec_json = serde_json::to_string(&self.owner.spec).context("the spec is not JSON")?;
+                    let assignment = v1::Assignment {
+                        generation,
+                        rank,
+                        world,
+                        run_url: self.owner.run.url().to_owned(),
+                        spec_json,
+                        commit: self.commit.as_ref().map(|commit| commit.seq),
+                    };
+                    self.tell(&place, rank_order::Order::Assignment(assignment));
+                }
+                Effect::Rendezvous { place, host, port } => {
+                    self.tell(&place, rank_order::Order::Rendezvous(v1::Rendezvous { host, port }));
+                }
+                Effect::Stop { place, reason } => self.tell(&place, rank_order::Order::Stop(v1::Stop { reason })),
+                Effect::WriteCommit { generation, step } => self.write_commit(generation, step),
+                Effect::TellCommitted { place, seq, step } => {
+                    self.tell(&place, rank_order::Order::Committed(v1::Committed { seq, step }));
+                }
+                Effect::Started { generation, world } => {
+                    self.owner.view.send_modify(|view| {
+                        view.generation = generation;
+                        view.ranks = world;
+                    });
+                    let from_commit = self.commit.as_ref().map(|commit| commit.seq);
+                    self.owner.record(EventKind::Started { world, from_commit }).await?;
+                }
+                Effect::Restarted { reason } => {
+                    tracing::warn!("{reason}");
+                    self.owner.view.send_modify(|view| {
+                        view.restarts += 1;
+                        view.message = Some(reason.clone());
+                    });
+                    self.owner.record(EventKind::Restarted { reason }).await?;
+                }
+                Effect::End(outcome) => {
+                    self.owner
+                        .record(match outcome.clone() {
+                            Outcome::Finished => EventKind::Finished,
+                            Outcome::Suspended { reason } => EventKind::Suspended { reason },
+                            Outcome::Failed { message, .. } => EventKind::Failed { message },
+                        })
+                        .await?;
+                    return Ok(Some(outcome));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Sends to a node. One that is gone will be noticed by its stream's end.
+    fn order(&self, node: &str, order: node_order::Order) {
+        if let Some(orders) = self.nodes.get(node) {
+            let _ = orders.send(Ok(NodeOrder { order: Some(order) }));
+        }
+    }
+
+    /// Sends to a rank, likewise.
+    fn tell(&self, place: &Place, order: rank_order::Order) {
+        if let Some(orders) = self.ranks.get(place) {
+            let _ = orders.send(Ok(RankOrder { order: Some(order) }));
+        }
+    }
+
+    /// Writes the commit of `step` beside the event loop, and retires old ones behind it.
+    fn write_commit(&mut self, generation: u64, step: u64) {
+        let written = self.parts.remove(&step).unwrap_or_default();
+        let parent = self.commit.clone();
+        let run = self.owner.run.clone();
+        let keep = self.owner.spec.config.checkpoint.clone();
+        let inputs = self.inputs.clone();
+        tokio::spawn(async move {
+            let result = async {
+                let progress = assemble(written)?;
+                let commit = Commit::after(parent.as_ref(), progress, jiff::Timestamp::now());
+                let commits = Commits::new(&run);
+                commits.append(&commit).await?;
+                if let Err(error) = commits.retain(&keep).await {
+                    tracing::warn!(%error, "old commits were not removed; the next commit tries again");
+                }
+                Ok(commit)
+            }
+            .await;
+            // The receiver is gone when the run has ended: nobody is left to tell.
+            let _ = inputs.send(Input::Committed { generation, step, result }).await;
+        });
+    }
+}
+
+/// One record of what all ranks wrote.
+fn assemble(written: Vec<v1::PartsWritten>) -> Result<Progress> {
+    let head = written.iter().find(|parts| !parts.progress_json.is_empty()).context("rank 0 sent no position")?;
+    let mut progress: Progress = serde_json::from_str(&head.progress_json).context("rank 0's position is not readable")?;
+    for part in written.iter().flat_map(|parts| &parts.parts) {
+        let kind: PartKind = serde_json::from_value(part.kind.clone().into()).context("a part of unknown kind")?;
+        progress.parts.push(PartRef { kind, path: part.path.clone(), bytes: part.bytes, crc32c: part.crc32c });
+    }
+    Ok(progress)
+}
+
+/// The gRPC side: streams to inputs.
+struct Streams {
+    inputs: mpsc::Sender<Input>,
+    run: String,
+}
+
+impl Streams {
+    async fn send(inputs: &mpsc::Sender<Input>, input: Input) -> bool {
+        inputs.send(input).await.is_ok()
+    }
+}
+
+/// The first message of a stream must say who speaks, and of which run.
+fn hello<T>(first: Option<T>, run: &str, theirs: impl Fn(&T) -> Option<&str>) -> Result<T, Status> {
+    let first = first.ok_or_else(|| Status::invalid_argument("the stream ended before its hello"))?;
+    match theirs(&first) {
+        Some(name) if name == run => Ok(first),
+        Some(name) => Err(Status::permission_denied(format!("this coordinator is run {run}'s, not {name}'s"))),
+        None => Err(Status::invalid_argument("the first message must be a hello")),
+    }
+}
+
+#[tonic::async_trait]
+impl Service for Streams {
+    type JoinStream = UnboundedReceiverStream<Result<NodeOrder, Status>>;
+    type RankStream = UnboundedReceiverStream<Result<RankOrder, Status>>;
+
+    async fn join(&self, request: Request<Streaming<NodeEvent>>) -> Result<Response<Self::JoinStream>, Status> {
+        let mut events = request.into_inner();
+        let first = hello(events.message().await?, &self.run, |first| match &first.event {
+            Some(node_event::Event::Hello(hello)) => Some(&hello.run),
+            _ => None,
+        })?;
+        let Some(node_event::Event::Hello(v1::NodeHello { node, address, .. })) = first.event else {
+            return Err(Status::invalid_argument("the first message must be a hello"));
+        };
+        let (orders, out) = mpsc::unbounded_channel();
+        let inputs = self.inputs.clone();
+        tokio::spawn(async move {
+            let known = Self::send(&inputs, Input::Node(node.clone(), orders)).await
+                && Self::send(&inputs, Input::Event(Event::NodeJoined { node: node.clone(), address })).await;
+            while let (true, Ok(Some(message))) = (known, events.message().await) {
+                if let Some(node_event::Event::Exited(e)) = message.event {
+                    let event = Event::RankExited {
+                        node: node.clone(),
+                        generation: e.generation,
+                        local_rank: e.local_rank,
+                        code: e.code,
+                        last_words: e.last_words,
+                    };
+                    if !Self::send(&inputs, Input::Event(event)).await {
+                        break;
+                    }
+                }
+            }
+            Self::send(&inputs, Input::Event(Event::NodeLost { node })).await;
+        });
+        Ok(Response::new(UnboundedReceiverStream::new(out)))
+    }
+
+    async fn rank(&self, request: Request<Streaming<RankEvent>>) -> Result<Response<Self::RankStream>, Status> {
+        let mut events = request.into_inner();
+        let first = hello(events.message().await?, &self.run, |first| match &first.event {
+            Some(rank_event::Event::Hello(hello)) => Some(&hello.run),
+            _ => None,
+        })?;
+        let Some(rank_event::Event::Hello(v1::RankHello { node, local_rank, generation, .. })) = first.event else {
+            return Err(Status::invalid_argument("the first message must be a hello"));
+        };
+        let (orders, out) = mpsc::unbounded_channel();
+        let inputs = self.inputs.clone();
+        tokio::spawn(async move {
+            let joined = Event::RankJoined { node: node.clone(), generation, local_rank };
+            if !Self::send(&inputs, Input::Rank((node, local_rank), orders)).await
+                || !Self::send(&inputs, Input::Event(joined)).await
+            {
+                return;
+            }
+            // A stream that ends says nothing: the supervisor reports how the process ended.
+            while let Ok(Some(RankEvent { rank, event: Some(event) })) = events.message().await {
+                let input = match event {
+                    rank_event::Event::Hello(_) => continue,
+                    rank_event::Event::Store(store) => {
+                        Input::Event(Event::StoreListening { generation, port: store.port })
+                    }
+                    rank_event::Event::Progress(progress) => {
+                        if !Self::send(&inputs, Input::Event(Event::Progress { generation })).await {
+                            break;
+                        }
+                        if rank != 0 {
+                            continue;
+                        }
+                        Input::Progress(progress)
+                    }
+                    rank_event::Event::Parts(parts) => Input::Parts { generation, rank, parts },
+                    rank_event::Event::Finished(finished) => {
+                        Input::Event(Event::RankFinished { generation, rank, stopped: finished.stopped })
+                    }
+                    rank_event::Event::Failed(failed) => Input::Event(Event::RankFailed {
+                        generation,
+                        rank,
+                        message: failed.message,
+                        code: failed.exit_code,
+                    }),
+                };
+                if !Self::send(&inputs, input).await {
+                    break;
+                }
+            }
+        });
+        Ok(Response::new(UnboundedReceiverStream::new(out)))
+    }
+}

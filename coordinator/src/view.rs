@@ -1,0 +1,34 @@
+//! What a watcher sees of a run while it goes.
+
+use std::collections::BTreeMap;
+
+/// A run at one moment.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RunView {
+    /// starting, k-means, training, checkpoint, export, draining.
+    pub phase: String,
+    /// Membership.
+    pub generation: u64,
+    /// Nodes that have joined.
+    pub nodes: u32,
+    /// Ranks of the generation.
+    pub ranks: u32,
+    /// Epoch, from 0.
+    pub epoch: u32,
+    /// Steps finished in the epoch, and how many it has.
+    pub epoch_step: u64,
+    /// Steps of the epoch.
+    pub epoch_steps: u64,
+    /// Steps since the run began.
+    pub step: u64,
+    /// Losses and learning rate by name.
+    pub metrics: BTreeMap<String, f64>,
+    /// Patches a second, all ranks.
+    pub samples_per_second: f64,
+    /// Newest commit.
+    pub last_commit: Option<u64>,
+    /// Restarts so far.
+    pub restarts: u32,
+    /// The last thing worth telling.
+    pub message: Option<String>,
+}

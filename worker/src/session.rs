@@ -44,8 +44,13 @@ impl Session {
                 match message.order {
                     // Looked at between steps, whatever else is being waited for.
                     Some(rank_order::Order::Stop(_)) => stop.store(true, Ordering::Relaxed),
-                    Some(order) if inbox.send(order).is_err() => return,
-                    _ => {}
+                    Some(order) => {
+                        // Nobody waits for orders any more: the rank is at its end.
+                        if inbox.send(order).is_err() {
+                            return;
+                        }
+                    }
+                    None => {}
                 }
             }
         });

@@ -20,7 +20,7 @@ pub fn negatives(seed: u64, epoch: u64, step: u64, lane: u64, k: usize, n: i64) 
     (0..k).map(|_| rng.random_range(0..n)).collect()
 }
 
-/// Draws ranks without replacement, weighted by the Beta(5, 15) density over the top of the ranking.
+/// Draws ranks without replacement, weighted by a Beta density over the top of the ranking.
 #[derive(Clone, Debug)]
 pub struct HardRanks {
     log_weights: Vec<f32>,
@@ -28,12 +28,13 @@ pub struct HardRanks {
 }
 
 impl HardRanks {
-    /// `count` ranks (H) of the `top` best; `top` = ⌊top fraction · N⌋. Fewer where `top` < `count`.
+    /// `count` ranks (H) of the `top` best, by the density of Beta(a, b), published Beta(5, 15); `top` = ⌊top fraction · N⌋. Fewer
+    /// where `top` < `count`.
     #[must_use]
-    pub fn new(top: usize, count: usize) -> Self {
+    pub fn new(top: usize, count: usize, [a, b]: [f64; 2]) -> Self {
         let log_weight = |rank: usize| {
             let p = (rank as f64 + 0.5) / top as f64;
-            (4.0 * p.ln() + 14.0 * (1.0 - p).ln()) as f32
+            ((a - 1.0) * p.ln() + (b - 1.0) * (1.0 - p).ln()) as f32
         };
         Self { log_weights: (0..top).map(log_weight).collect(), count: count.min(top) }
     }

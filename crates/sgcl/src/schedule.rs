@@ -1,10 +1,10 @@
 //! Learning rate and the weight of the inter term, by epoch.
 
-/// Learning rate: `base`·`batch`/128 at epoch 0, then a cosine to 0 at `epochs`. `batch` counts samples of all ranks a step.
+/// `initial` at epoch 0, then a cosine to 0 at `epochs`.
 #[must_use]
-pub fn learning_rate(base: f64, batch: usize, epoch: u64, epochs: u64) -> f64 {
+pub fn cosine(initial: f64, epoch: u64, epochs: u64) -> f64 {
     let done = (epoch as f64 / epochs.max(1) as f64).min(1.0);
-    base * batch as f64 / 128.0 * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
+    initial * 0.5 * (1.0 + (std::f64::consts::PI * done).cos())
 }
 
 /// Weight of the inter term: exp(−5·(1 − min(e, 10)/10)²), e counted from 0.

@@ -9,7 +9,7 @@ use sgcl::kmeans::{KMeans, cluster};
 use sgcl::neighbours::Lattice;
 use sgcl::objective::{Negatives, Params, ParamsError, StepInputs, joint_labels, step};
 use sgcl::optim::Sgd;
-use sgcl::schedule::{learning_rate, rampup};
+use sgcl::schedule::{cosine, rampup};
 use std::collections::BTreeSet;
 use tch::{Device, Kind, Tensor};
 
@@ -53,10 +53,10 @@ fn a_patch_inside_a_full_lattice_has_24_neighbours_and_an_isolated_one_none() {
 #[test]
 fn hard_ranks_are_distinct_and_single_ones_follow_beta_5_15() {
     let (top, seed) = (200, seed());
-    let many = HardRanks::new(top, 150).draw(seed, 0, 0, 0);
+    let many = HardRanks::new(top, 150, [5.0, 15.0]).draw(seed, 0, 0, 0);
     assert_eq!(many.iter().collect::<BTreeSet<_>>().len(), 150);
     assert!(many.iter().all(|&r| (0..200).contains(&r)));
-    let single = HardRanks::new(top, 1);
+    let single = HardRanks::new(top, 1, [5.0, 15.0]);
     let draws = 20_000;
     let mut seen = [0_f64; 10];
     for s in 0..draws {
@@ -185,9 +185,9 @@ fn sgd_follows_the_formula_and_resumes_from_its_state() {
 
 #[test]
 fn schedules_start_and_end_where_published() {
-    assert!((learning_rate(0.015, 128, 0, 100) - 0.015).abs() < 1e-12);
-    assert!((learning_rate(0.015, 256, 50, 100) - 0.015).abs() < 1e-12);
-    assert!(learning_rate(0.015, 128, 100, 100).abs() < 1e-12);
+    assert!((cosine(0.015, 0, 100) - 0.015).abs() < 1e-12);
+    assert!((cosine(0.03, 50, 100) - 0.015).abs() < 1e-12);
+    assert!(cosine(0.015, 100, 100).abs() < 1e-12);
     assert!((rampup(0.0) - (-5.0_f64).exp()).abs() < 1e-12 && (rampup(10.0) - 1.0).abs() < 1e-12);
 }
 

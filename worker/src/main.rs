@@ -1,0 +1,65 @@
+//! `sgcl-worker`: what runs on a node. `node` supervises and calls no torch, `rank` trains, `eval` probes frozen features.
+
+mod eval;
+mod rank;
+mod session;
+mod supervisor;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use sgcl_proto::exit;
+use tracing_subscriber::EnvFilter;
+
+/// Node supervisor, rank process and feature probes of sgcl. Started by `sgclctl` and the coordinator.
+#[derive(Parser, Debug)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Supervise the ranks of a node
+    Node(supervisor::NodeArgs),
+    /// Train as one rank
+    Rank(rank::RankArgs),
+    /// Probe frozen features of a labelled patch set; JSON lines on standard output
+    Eval(eval::EvalArgs),
+}
+
+fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_env("SGCL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).without_time().init();
+    match run(Arguments::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            // Standard error is gone: nobody is left to tell.
+            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            ExitCode::from(rank::exit_code(&error))
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")?;
+    match command {
+        Command::Node(args) => runtime.block_on(supervisor::main(&args)),
+        Command::Rank(args) => Ok(rank::main(runtime.handle(), &args)),
+        Command::Eval(args) => {
+            let mut out = std::io::stdout().lock();
+            eval::main(runtime.handle(), &args, |line| {
+                // The reader is gone: the work is for nobody, but harmless.
+                let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+            })?;
+            Ok(ExitCode::from(exit::DONE))
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! A rank, from assignment to export.
+
+mod checkpoint;
+mod loader;
+mod ring;
+mod setup;
+mod step;
+mod tensors;
+mod train;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Args;
+use nix::sys::signal::Signal;
+use sgcl_proto::{exit, v1};
+use tokio::runtime::Handle;
+
+use crate::session::Session;
+
+/// Arguments of `sgcl-worker rank`.
+#[derive(Args, Debug)]
+pub(crate) struct RankArgs {
+    /// URL of the coordinator
+    #[arg(long)]
+    coordinator: String,
+    /// Name of the run
+    #[arg(long)]
+    run: String,
+    /// Name of the node that this rank is on
+    #[arg(long)]
+    node: String,
+    /// Number on the node, from 0
+    #[arg(long)]
+    local_rank: u32,
+    /// Membership that this rank is started for
+    #[arg(long)]
+    generation: u64,
+    /// Address at which other nodes' ranks reach this one
+    #[arg(long)]
+    address: String,
+}
+
+/// Trains until the run is over, stopped or lost, and tells the coordinator which.
+pub(crate) fn main(runtime: &Handle, args: &RankArgs) -> ExitCode {
+    // A rank without its supervisor would hold a device for nobody.
+    if let Err(error) = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL) {
+        tracing::warn!(%error, "this rank will outlive its supervisor");
+    }
+    let hello = v1::RankHello {
+        run: args.run.clone(),
+        node: args.node.clone(),
+        local_rank: args.local_rank,
+        generation: args.generation,
+    };
+    let (mut session, assignment) = match Session::open(runtime, &args.coordinator, hello) {
+        Ok(open) => open,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            return ExitCode::from(exit::INTERNAL);
+        }
+    };
+    match work(runtime, args, &mut session, assignment) {
+        Ok(stopped) => {
+            session.finished(stopped);
+            ExitCode::from(exit::DONE)
+        }
+        Err(error) => {
+            let code = exit_code(&error);
+            tracing::error!("{error:#}");
+            session.failed(format!("{error:#}"), code);
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn work(runtime: &Handle, args: &RankArgs, session: &mut Session, assignment: v1::Assignment) -> Result<bool> {
+    let trainer = setup::trainer(runtime, args.local_rank, &args.address, session, &assignment)?;
+    trainer.run(session)
+}
+
+/// What a failure means to whoever restarts ranks: the user's to mend, or worth another try.
+pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
+    for cause in error.chain() {
+        if cause.is::<sgcl_runstore::ConfigError>() || cause.is::<sgcl::objective::ParamsError>() {
+            return exit::CONFIG;
+        }
+        if cause.is::<sgcl_patchset::ManifestError>()
+            || cause.is::<sgcl_patchset::IndexError>()
+            || cause.is::<sgcl_patchset::ReadError>()
+            || cause.is::<sgcl::weights::WeightsError>()
+            || cause.is::<sgcl::probe::ProbeError>()
+        {
+            return exit::DATA;
+        }
+    }
+    exit::INTERNAL
+}

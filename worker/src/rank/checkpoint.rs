@@ -1,0 +1,106 @@
+//! A learner to parts and back. Rank 0 writes weights and optimiser, every rank the bank shards it owns; k-means labels go with
+//! the bank rows, since a run resumed in mid-epoch must find its epoch's clusters again.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use sgcl::bank::{BankRows, rows_of_shard, SHARDS};
+use sgcl::objective::joint_labels;
+use sgcl_patchset::{Store, Subset};
+use sgcl_runstore::checkpoint::read_tensors;
+use sgcl_runstore::{Commit, PartKind, PartRef, PartWriter, Tensor as Stored};
+use tch::{Kind, Tensor};
+
+use super::step::Learner;
+use super::tensors::{from_stored, to_stored};
+
+const BANKS: [&str; 6] = ["global", "backbone", "tl", "tr", "bl", "br"];
+
+impl Learner {
+    /// Copies what `rank` of `world` writes into host memory. Bank rows are stored under their patch ids: another world, or a run
+    /// on more slides, can tell them apart.
+    pub(crate) fn snapshot(&self, rank: usize, world: usize, subset: &Subset) -> Result<Vec<(PartKind, String, Vec<Stored>)>> {
+        let mut parts = Vec::new();
+        let all = |tensors: Vec<(String, Tensor)>| {
+            tensors.into_iter().map(|(name, tensor)| to_stored(name, &tensor)).collect::<Result<Vec<_>>>()
+        };
+        if rank == 0 {
+            parts.push((PartKind::Model, "model".into(), all(self.model.state())?));
+            parts.push((PartKind::Optimizer, "optimizer".into(), all(self.sgd.state())?));
+        }
+        let mine: Vec<i64> = (0..SHARDS)
+            .filter(|shard| *shard as usize % world == rank)
+            .flat_map(|shard| rows_of_shard(shard, self.banks.len()))
+            .collect();
+        let BankRows { global, backbone, corners: [tl, tr, bl, br] } = self.banks.rows(&mine)?;
+        let ids: Vec<i64> = mine
+            .iter()
+            .map(|&row| subset.id_of(u32::try_from(row)?).map(i64::from).context("a bank row without a patch"))
+            .collect::<Result<_>>()?;
+        let at = Tensor::from_slice(&mine).to_device(self.device);
+        let mut bank = vec![
+            to_stored("ids", &Tensor::from_slice(&ids))?,
+            to_stored("labels", &self.labels.index_select(1, &at).tr().contiguous())?,
+        ];
+        for (name, tensor) in BANKS.into_iter().zip([global, backbone, tl, tr, bl, br]) {
+            bank.push(to_stored(name, &tensor)?);
+        }
+        parts.push((PartKind::Bank, format!("bank-{rank}"), bank));
+        Ok(parts)
+    }
+
+    /// Takes everything from a commit, whatever world wrote it.
+    pub(crate) async fn restore(&mut self, run: &Store, commit: &Commit, subset: &Subset) -> Result<()> {
+        for part in commit.parts(PartKind::Model) {
+            let state: BTreeMap<String, Tensor> = read(run, part).await?.into_iter().collect();
+            self.model.load_state(&state, true)?;
+        }
+        for part in commit.parts(PartKind::Optimizer) {
+            self.sgd.load_state(read(run, part).await?)?;
+        }
+        let mut labels = self.labels.zeros_like();
+        let mut restored = 0;
+        for part in commit.parts(PartKind::Bank) {
+            let mut tensors: BTreeMap<String, Tensor> = read(run, part).await?.into_iter().collect();
+            let mut take = |name: &str| {
+                tensors.remove(name).map(|t| t.to_device(self.device)).with_context(|| format!("{}: no tensor {name}", part.path))
+            };
+            let ids: Vec<i64> = Vec::try_from(take("ids")?.to_device(tch::Device::Cpu))?;
+            let rows: Vec<i64> = ids
+                .iter()
+                .map(|&id| {
+                    let row = u32::try_from(id).ok().and_then(|id| subset.row_of(id));
+                    row.map(i64::from).with_context(|| format!("{}: patch {id} is not in this run's data", part.path))
+                })
+                .collect::<Result<_>>()?;
+            let found = take("labels")?;
+            ensure!(found.size() == [rows.len() as i64, labels.size()[0]], "{}: labels of another k-means", part.path);
+            let at = Tensor::from_slice(&rows).to_device(self.device);
+            let _ = labels.index_copy_(1, &at, &found.tr().to_kind(Kind::Int64));
+            let bank = BankRows {
+                global: take("global")?,
+                backbone: take("backbone")?,
+                corners: [take("tl")?, take("tr")?, take("bl")?, take("br")?],
+            };
+            self.banks.put(&rows, &bank)?;
+            restored += rows.len();
+        }
+        ensure!(restored == subset.len(), "commit {} holds {restored} of {} bank rows", commit.seq, subset.len());
+        self.clusters = joint_labels(&labels);
+        self.labels = labels;
+        Ok(())
+    }
+}
+
+async fn read(run: &Store, part: &PartRef) -> Result<Vec<(String, Tensor)>> {
+    read_tensors(run, part).await?.iter().map(|stored| Ok((stored.name.clone(), from_stored(stored)?))).collect()
+}
+
+/// Writes parts in order.
+pub(crate) async fn write(writer: &PartWriter, parts: Vec<(PartKind, String, Vec<Stored>)>) -> Result<Vec<PartRef>> {
+    let mut written = Vec::with_capacity(parts.len());
+    for (kind, name, tensors) in parts {
+        written.push(writer.put_tensors(kind, &name, &tensors).await?);
+    }
+    Ok(written)
+}

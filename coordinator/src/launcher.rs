@@ -25,14 +25,23 @@ pub struct ProcessLauncher {
     program: PathBuf,
     run: String,
     ranks_per_node: u32,
+    threads: usize,
     children: Arc<Mutex<Vec<Child>>>,
 }
 
 impl ProcessLauncher {
-    /// Nodes of `run` from the program `sgcl-worker`.
+    /// Nodes of `run` from the program `sgcl-worker`, `nodes` of them on this machine: they share its cores.
     #[must_use]
-    pub fn new(program: PathBuf, run: String, ranks_per_node: u32) -> Self {
-        Self { program, run, ranks_per_node, children: Arc::default() }
+    pub fn new(program: PathBuf, run: String, nodes: u32, ranks_per_node: u32) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads = (cores / (nodes * ranks_per_node).max(1) as usize).max(1);
+        Self { program, run, ranks_per_node, threads, children: Arc::default() }
+    }
+
+    /// Computing threads of a rank, in place of an equal share of the cores. Results depend on it in the last bits.
+    #[must_use]
+    pub fn with_threads(self, threads: usize) -> Self {
+        Self { threads, ..self }
     }
 }
 
@@ -42,6 +51,7 @@ impl Launcher for ProcessLauncher {
         let mut child = Command::new(&self.program)
             .args(["node", "--coordinator", coordinator, "--run", &self.run, "--node", &node])
             .args(["--ranks", &self.ranks_per_node.to_string(), "--address", "127.0.0.1", "--die-with-parent"])
+            .args(["--threads", &self.threads.to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

@@ -31,7 +31,8 @@ pub struct Settings {
 /// A rank's place: its node and its number there.
 pub type Place = (String, u32);
 
-/// What happened.
+/// What happened. Fields are named as in the gRPC contract.
+#[allow(missing_docs)]
 #[derive(Clone, Debug)]
 pub enum Event {
     /// A supervisor holds its stream; ranks of other nodes reach it at `address`.
@@ -62,7 +63,8 @@ pub enum Event {
     Tick,
 }
 
-/// What to do.
+/// What to do. Fields are named as in the gRPC contract.
+#[allow(missing_docs)]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
     /// Start a node in a slot.
@@ -92,6 +94,7 @@ pub enum Effect {
 }
 
 /// How a run ended.
+#[allow(missing_docs)]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// All epochs are trained and exported.
@@ -134,7 +137,6 @@ struct Members {
     parts: BTreeMap<u64, BTreeSet<u32>>,
     finished: BTreeSet<u32>,
     stopped: bool,
-    complaint: Option<(String, i32)>,
 }
 
 /// The state machine of one run.

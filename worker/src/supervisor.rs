@@ -41,6 +41,9 @@ pub(crate) struct NodeArgs {
     /// Address at which other nodes' ranks reach this node's
     #[arg(long)]
     address: String,
+    /// Computing threads of a rank [default: the cores shared out]
+    #[arg(long)]
+    threads: Option<usize>,
     /// End when the process that started this one ends
     #[arg(long)]
     die_with_parent: bool,
@@ -119,7 +122,7 @@ pub(crate) async fn main(args: &NodeArgs) -> Result<ExitCode> {
 fn spawn(args: &NodeArgs, generation: u64, local_rank: u32, count: u32) -> Result<Child> {
     let program = std::env::current_exe().context("cannot find this program to start ranks")?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = (cores / count.max(1) as usize).max(1);
+    let threads = args.threads.unwrap_or(cores / count.max(1) as usize).max(1);
     Command::new(&program)
         .args(["rank", "--coordinator", &args.coordinator, "--run", &args.run, "--node", &args.node])
         .args(["--local-rank", &local_rank.to_string(), "--generation", &generation.to_string()])

@@ -1,0 +1,144 @@
+//! Runs from patch set to export, with real workers, gRPC and rings.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod support;
+
+use sgcl_coordinator::Outcome;
+use sgcl_patchset::{PatchSet, Store};
+use sgcl_runstore::checkpoint::read_tensors;
+use sgcl_runstore::metrics::read_metrics;
+use sgcl_runstore::status::{Phase, RunStatus};
+use sgcl_runstore::{Commits, RunName, Tensor, export};
+use support::{config, patch_set, start, train};
+
+struct Place {
+    _folder: tempfile::TempDir,
+    bucket: Store,
+    data: String,
+}
+
+async fn place(slides: u64, side: i32) -> Place {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("patches").display().to_string();
+    patch_set(&Store::open(&data).unwrap(), slides, side).await;
+    let bucket = Store::open(&folder.path().join("bucket").display().to_string()).unwrap();
+    Place { _folder: folder, bucket, data }
+}
+
+fn run(bucket: &Store, name: &str) -> Store {
+    RunName::new(name).unwrap().store(bucket)
+}
+
+/// Every stored tensor of the newest commit but the ids, by part kind and name.
+async fn state(run: &Store) -> Vec<(String, Tensor)> {
+    let commit = Commits::new(run).newest_intact().await.unwrap().unwrap().commit;
+    let mut state = Vec::new();
+    for part in &commit.progress.parts {
+        for tensor in read_tensors(run, part).await.unwrap() {
+            state.push((format!("{:?} {} {}", part.kind, part.path.rsplit('/').next().unwrap(), tensor.name), tensor));
+        }
+    }
+    state.sort_by(|a, b| a.0.cmp(&b.0));
+    state
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_on_two_ranks_uses_every_patch_and_leaves_weights() {
+    let place = place(3, 7).await;
+    let outcome = train(&place.bucket, &place.data, "two", 1, 2, config(&["data.holdout_fraction=0.3"])).await;
+    assert_eq!(outcome, Outcome::Finished);
+
+    let run = run(&place.bucket, "two");
+    let commit = Commits::new(&run).newest_intact().await.unwrap().unwrap().commit;
+    assert!(commit.progress.done);
+    let ledger = Commits::new(&run).ledger(&commit.progress.ledger).await.unwrap();
+    assert_eq!(ledger.len(), 98, "two of three slides are trained on");
+    let set = PatchSet::open(&place.data).await.unwrap();
+    let slides: std::collections::BTreeSet<u32> =
+        ledger.bitmap().iter().map(|id| set.index().row(id).unwrap().slide).collect();
+    assert_eq!(slides.len(), 2, "the third slide is held out");
+
+    let metrics = read_metrics(&run).await.unwrap();
+    assert_eq!(metrics.len() as u64, commit.progress.step);
+    assert!(metrics.iter().all(|step| step.values["loss/total"].is_finite()));
+    assert_eq!(RunStatus::read(&run).await.unwrap().phase, Phase::Finished);
+
+    let weights = tempfile::tempdir().unwrap();
+    let pulled = export::pull(&run, None, &weights.path().join("weights"), |_, _| {}).await.unwrap();
+    assert!(pulled.dir.join("backbone.pth").is_file());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_global_batch_gives_the_same_losses_on_one_rank_two_ranks_and_two_nodes() {
+    let place = place(2, 9).await;
+    let mut curves = Vec::new();
+    for (name, nodes, ranks, accumulate) in [("one", 1, 1, 2), ("ranks", 1, 2, 1), ("nodes", 2, 1, 1)] {
+        let config = config(&[&format!("batch.accumulate={accumulate}")]);
+        assert_eq!(train(&place.bucket, &place.data, name, nodes, ranks, config).await, Outcome::Finished);
+        let metrics = read_metrics(&run(&place.bucket, name)).await.unwrap();
+        curves.push(metrics.iter().map(|step| step.values["loss/total"]).collect::<Vec<_>>());
+    }
+    assert!(curves[0].len() >= 20, "{} steps", curves[0].len());
+    for other in &curves[1..] {
+        assert_eq!(other.len(), curves[0].len());
+        let gaps: Vec<f64> = curves[0].iter().zip(other).map(|(a, b)| (a - b).abs() / a.abs()).take(20).collect();
+        assert!(gaps.iter().all(|&gap| gap <= 1e-4), "relative differences by step: {gaps:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_stopped_in_mid_epoch_and_resumed_equals_an_undisturbed_one_bit_for_bit() {
+    let place = place(2, 9).await;
+    assert_eq!(train(&place.bucket, &place.data, "whole", 1, 2, config(&[])).await, Outcome::Finished);
+
+    let mut running = start(&place.bucket, &place.data, "parted", 1, 2, config(&[])).await;
+    running.view.wait_for(|view| view.step >= 3).await.unwrap();
+    running.stop.cancel();
+    assert!(matches!(running.outcome.await.unwrap(), Outcome::Suspended { .. }));
+    let parted = run(&place.bucket, "parted");
+    let commit = Commits::new(&parted).latest().await.unwrap().unwrap();
+    assert!(!commit.progress.done && commit.progress.cursor > 0);
+    assert_eq!(train(&place.bucket, &place.data, "parted", 1, 2, config(&[])).await, Outcome::Finished);
+
+    let (whole, parted) = (state(&run(&place.bucket, "whole")).await, state(&parted).await);
+    assert_eq!(whole.len(), parted.len());
+    for ((name, a), (other, b)) in whole.iter().zip(&parted) {
+        assert_eq!(name, other);
+        assert_eq!(a.shape, b.shape, "{name}");
+        assert!(a.data == b.data, "{name} differs");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_resumed_on_another_number_of_ranks_uses_the_rest_of_the_epoch_once() {
+    let place = place(2, 9).await;
+    let mut running = start(&place.bucket, &place.data, "fewer", 1, 2, config(&["epochs=1"])).await;
+    running.view.wait_for(|view| view.step >= 2).await.unwrap();
+    running.stop.cancel();
+    running.outcome.await.unwrap();
+    let run = run(&place.bucket, "fewer");
+    let stopped = Commits::new(&run).latest().await.unwrap().unwrap();
+    assert_eq!(train(&place.bucket, &place.data, "fewer", 1, 1, config(&["epochs=1"])).await, Outcome::Finished);
+
+    let commits = Commits::new(&run);
+    let before = commits.ledger(&stopped.progress.ledger).await.unwrap();
+    let after = commits.newest_intact().await.unwrap().unwrap().commit.progress;
+    assert_eq!(commits.ledger(&after.ledger).await.unwrap().len(), 162);
+    let left = 162 - before.len();
+    assert_eq!(after.step - stopped.progress.step, left.div_ceil(8), "only unused patches were read");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_shard_fails_the_run_with_its_name() {
+    let place = place(2, 7).await;
+    let shard = std::fs::read_dir(place.data.clone() + "/shards").unwrap().next().unwrap().unwrap().path();
+    let bytes = std::fs::read(&shard).unwrap();
+    std::fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();
+    match train(&place.bucket, &place.data, "torn", 1, 2, config(&[])).await {
+        Outcome::Failed { message, code } => {
+            assert!(message.contains(shard.file_name().unwrap().to_str().unwrap()), "{message}");
+            assert_eq!(code, 65, "{message}");
+        }
+        other => panic!("{other:?}"),
+    }
+}

@@ -1,0 +1,120 @@
+//! A small patch set and a run over it, with the coordinator in process and real workers.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, unreachable_pub)]
+
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use rand::Rng as _;
+use sgcl_coordinator::{Coordinator, Outcome, ProcessLauncher, RunView};
+use sgcl_draw::{Purpose, rng};
+use sgcl_patchset::{Manifest, Opened, PatchSet, PatchSetWriter, SlideInfo, Store, WriterOptions};
+use sgcl_runstore::{RunConfig, RunName, Spec};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+/// Side of a patch in pixels.
+const PX: u16 = 64;
+
+/// A set of `slides` slides of `side` × `side` textured patches; the class is the texture's grain.
+pub async fn patch_set(store: &Store, slides: u64, side: i32) -> Manifest {
+    let Opened::Writer(writer) =
+        PatchSetWriter::open(store.clone(), WriterOptions::new(PX.into(), 90, 1)).await.unwrap()
+    else {
+        panic!("there is a set already");
+    };
+    for slide in 0..slides {
+        let mut open = writer
+            .slide(SlideInfo {
+                name: format!("slide-{slide}"),
+                source: "drawn".into(),
+                fingerprint: "1".into(),
+                level: 0,
+                mpp: Some(0.5),
+                width: u64::from(PX) * side as u64,
+                height: u64::from(PX) * side as u64,
+                grid: [side as u32, side as u32],
+                spatial: true,
+            })
+            .unwrap();
+        for y in 0..side {
+            for x in 0..side {
+                let coarse = x < side / 2;
+                let class = if coarse { "coarse" } else { "fine" };
+                open.push(x, y, Some(class), &texture(slide, x, y, if coarse { 16 } else { 4 })).unwrap();
+            }
+        }
+        open.preview(texture(slide, 0, 0, 8));
+        open.finish().await.unwrap();
+    }
+    writer.finish(|_, _| {}).await.unwrap()
+}
+
+/// Blocks of random tones around a slide's own tint.
+fn texture(slide: u64, x: i32, y: i32, grain: usize) -> Vec<u8> {
+    let side = usize::from(PX);
+    let mut draw = rng(slide, Purpose::Phantom, x as u64, y as u64);
+    let blocks = side / grain;
+    let tones: Vec<u8> = (0..blocks * blocks).map(|_| draw.random_range(60..220)).collect();
+    let tint = [40, 0, 20].map(|t: u8| t.wrapping_add(slide as u8 * 5));
+    let pixels: Vec<u8> = (0..side * side)
+        .flat_map(|at| {
+            let tone = tones[at / side / grain * blocks + at % side / grain];
+            tint.map(|t| tone.saturating_sub(t))
+        })
+        .collect();
+    let mut out = Vec::new();
+    jpeg_encoder::Encoder::new(&mut out, 90).encode(&pixels, PX, PX, jpeg_encoder::ColorType::Rgb).unwrap();
+    out
+}
+
+/// A configuration that trains in seconds.
+pub fn config(overrides: &[&str]) -> RunConfig {
+    let base = [
+        "epochs=2", "views.global_px=32", "views.local_px=32", "batch.per_rank=8", "objective.negatives=64",
+        "objective.hard=16", "objective.nearest=16", "kmeans.clusters=4", "kmeans.iterations=5", "device=cpu",
+        "startup_timeout_s=60", "step_timeout_s=60", "max_restarts=0",
+    ];
+    let sets: Vec<String> = base.iter().chain(overrides).map(|s| (*s).to_owned()).collect();
+    RunConfig::load(None, &sets).unwrap()
+}
+
+/// The program under test, built beside this test.
+pub fn worker() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let program = test.parent().unwrap().parent().unwrap().join("sgcl-worker");
+    assert!(program.is_file(), "{} is not built; run: cargo build --release -p sgcl-worker", program.display());
+    program
+}
+
+/// A run under way.
+pub struct Running {
+    pub view: watch::Receiver<RunView>,
+    pub stop: CancellationToken,
+    pub outcome: tokio::task::JoinHandle<Outcome>,
+}
+
+/// Starts a run, or goes on with one of that name.
+pub async fn start(bucket: &Store, data: &str, name: &str, nodes: u32, ranks: u32, config: RunConfig) -> Running {
+    let set = PatchSet::open(data).await.unwrap();
+    let run = RunName::new(name).unwrap();
+    let store = run.store(bucket);
+    let id = set.manifest().content_id.clone();
+    let spec = Spec::new(run, data, id, nodes, ranks, nodes, config, Timestamp::now());
+    if Spec::find(&store).await.unwrap().is_none() {
+        spec.create(&store).await.unwrap();
+    }
+    let launcher = ProcessLauncher::new(worker(), name.to_owned(), nodes, ranks).with_threads(1);
+    let (sender, view) = watch::channel(RunView::default());
+    let stop = CancellationToken::new();
+    let coordinator =
+        Coordinator { spec, run: store, launcher, view: sender, stop: stop.clone(), kill: CancellationToken::new() };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let outcome = tokio::spawn(async move { coordinator.serve(listener).await.unwrap() });
+    Running { view, stop, outcome }
+}
+
+/// Runs to the end.
+pub async fn train(bucket: &Store, data: &str, name: &str, nodes: u32, ranks: u32, config: RunConfig) -> Outcome {
+    start(bucket, data, name, nodes, ranks, config).await.outcome.await.unwrap()
+}

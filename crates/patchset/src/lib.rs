@@ -4,6 +4,7 @@
 //! |---|---|
 //! | where sets live | [`store`] |
 //! | the format on storage | [`manifest`], [`index`] |
+//! | from slides, images and tiles | [`ingest`] |
 //! | writing one, resumable slide by slide | [`writer`], [`lattice`] |
 //! | opening one, or some of its slides | [`set`], [`split`] |
 //! | the order of an epoch | [`plan`] |
@@ -12,6 +13,7 @@
 pub mod cache;
 pub mod decode;
 pub mod index;
+pub mod ingest;
 pub mod lattice;
 pub mod manifest;
 pub mod plan;

@@ -1,0 +1,181 @@
+//! What the paths on the command line stand for.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use rand::seq::SliceRandom;
+use sgcl_draw::{Purpose, rng};
+
+use super::tiles::{Tile, Tiles};
+use super::whole::{self, Plan};
+use super::{GROUP, IngestError, IngestOptions, SlideError};
+
+/// Most files of a folder that are looked at.
+const MAX_FILES: usize = 20_000_000;
+
+/// Something that becomes a slide of the set.
+#[derive(Debug)]
+pub(crate) struct Unit {
+    pub(crate) name: String,
+    pub(crate) source: String,
+    pub(crate) fingerprint: String,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Whole(PathBuf),
+    Tiles(Tiles),
+}
+
+impl Unit {
+    /// Opens it and decides what will be read.
+    pub(crate) fn plan(self, options: &IngestOptions) -> Result<Plan, SlideError> {
+        match self.kind {
+            Kind::Whole(path) => whole::plan(&path, &self.name, self.fingerprint, options),
+            Kind::Tiles(tiles) => tiles.plan(self.name, self.source, self.fingerprint, options),
+        }
+    }
+}
+
+/// Everything under `sources`, each with a name of its own.
+pub(crate) fn discover(sources: &[PathBuf], seed: u64) -> Result<Vec<Unit>, IngestError> {
+    let mut units = Vec::new();
+    for source in sources {
+        if source.is_dir() {
+            folder(source, seed, &mut units)?;
+        } else if source.is_file() {
+            units.push(whole_unit(source)?);
+        } else {
+            return Err(bad(source, "no such file or folder"));
+        }
+    }
+    if units.is_empty() {
+        let given: Vec<String> = sources.iter().map(|s| s.display().to_string()).collect();
+        return Err(IngestError::Source { path: given.join(", "), reason: "holds no slide, image or tile".into() });
+    }
+    let mut seen: BTreeMap<&str, &str> = BTreeMap::new();
+    for unit in &units {
+        if let Some(first) = seen.insert(&unit.name, &unit.source) {
+            let (name, first, second) = (unit.name.clone(), first.to_owned(), unit.source.clone());
+            return Err(IngestError::Twins { name, first, second });
+        }
+    }
+    Ok(units)
+}
+
+/// A folder of classes (of slides of tiles, or of images), or of slides.
+fn folder(root: &Path, seed: u64, units: &mut Vec<Unit>) -> Result<(), IngestError> {
+    let mut slides: BTreeMap<String, Vec<Tile>> = BTreeMap::new();
+    let mut loose: Vec<Tile> = Vec::new();
+    let mut files = Vec::new();
+    for class in list(root)? {
+        if !class.is_dir() {
+            files.push(class);
+            continue;
+        }
+        let label = file_name(&class);
+        for entry in list(&class)? {
+            if entry.is_dir() {
+                let slide = file_name(&entry);
+                for tile in list(&entry)?.into_iter().filter(|path| is_image(path)) {
+                    let (x, y) = place(&tile, &slide)?;
+                    slides.entry(slide.clone()).or_default().push(Tile { path: tile, x, y, class: label.clone() });
+                }
+            } else if is_image(&entry) {
+                loose.push(Tile { path: entry, x: 0, y: 0, class: label.clone() });
+            }
+        }
+    }
+    if slides.is_empty() && loose.is_empty() {
+        for file in files.into_iter().filter(|path| !is_sidecar(path)) {
+            units.push(whole_unit(&file)?);
+        }
+        return Ok(());
+    }
+    for (name, tiles) in slides {
+        let source = format!("{} in {}", name, root.display());
+        let fingerprint = format!("{} tiles", tiles.len());
+        units.push(Unit { name, source, fingerprint, kind: Kind::Tiles(Tiles { tiles, spatial: true }) });
+    }
+    loose.shuffle(&mut rng(seed, Purpose::Ingest, 0, 1));
+    let mut loose = loose.into_iter().peekable();
+    for number in 0.. {
+        let mut tiles: Vec<Tile> = loose.by_ref().take(GROUP).collect();
+        if tiles.is_empty() {
+            break;
+        }
+        // Far enough apart that no radius makes neighbours of them.
+        for (tile, x) in tiles.iter_mut().zip((0..).step_by(1000)) {
+            tile.x = x;
+        }
+        let fingerprint = format!("{} images, seed {seed}", tiles.len());
+        units.push(Unit {
+            name: format!("loose-{number:03}"),
+            source: root.display().to_string(),
+            fingerprint,
+            kind: Kind::Tiles(Tiles { tiles, spatial: false }),
+        });
+    }
+    Ok(())
+}
+
+fn whole_unit(path: &Path) -> Result<Unit, IngestError> {
+    let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    let meta = path.metadata().map_err(|e| bad(path, &e.to_string()))?;
+    let modified = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_millis());
+    Ok(Unit {
+        name,
+        source: path.display().to_string(),
+        fingerprint: format!("{} bytes of {modified}", meta.len()),
+        kind: Kind::Whole(path.to_owned()),
+    })
+}
+
+/// x and y of `<slide>_<x>_<y>_<level>.png`.
+fn place(tile: &Path, slide: &str) -> Result<(i32, i32), IngestError> {
+    let stem = tile.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+    let parse = || {
+        let mut numbers = stem.strip_prefix(slide)?.strip_prefix('_')?.split('_');
+        let place = (numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?);
+        let _level: u32 = numbers.next()?.parse().ok()?;
+        numbers.next().is_none().then_some(place)
+    };
+    parse().ok_or_else(|| bad(tile, &format!("a tile of {slide} is named {slide}_<x>_<y>_<level>, x and y counting tiles")))
+}
+
+fn list(folder: &Path) -> Result<Vec<PathBuf>, IngestError> {
+    let entries = std::fs::read_dir(folder).map_err(|e| bad(folder, &e.to_string()))?;
+    let mut paths = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(|e| bad(folder, &e.to_string()))?.path();
+        if !file_name(&path).starts_with('.') {
+            paths.push(path);
+        }
+        if paths.len() > MAX_FILES {
+            return Err(bad(folder, "more files than are taken from one folder (20,000,000)"));
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+fn is_image(path: &Path) -> bool {
+    let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
+    matches!(extension.as_str(), "png" | "jpg" | "jpeg" | "tif" | "tiff" | "bmp")
+}
+
+/// Labels that lie beside slides, and other notes.
+fn is_sidecar(path: &Path) -> bool {
+    let name = file_name(path).to_lowercase();
+    name.ends_with(".labels.png") || [".json", ".csv", ".md", ".txt", ".xml"].iter().any(|end| name.ends_with(end))
+}
+
+fn bad(path: &Path, reason: &str) -> IngestError {
+    IngestError::Source { path: path.display().to_string(), reason: reason.to_owned() }
+}

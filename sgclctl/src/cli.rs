@@ -1,0 +1,320 @@
+//! The command line as typed. Each command's file turns its arguments into what it needs.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::exit;
+use crate::output::Format;
+
+/// Pretrain pathology encoders: ingest slides, run, watch, report, evaluate.
+///
+/// Slides become a patch set, a run trains a backbone on it, and the weights land in the bucket. A bucket or patch set is a folder or an
+/// S3 URL (s3://bucket/prefix); endpoint, region and credentials are read as the AWS tools read them.
+#[derive(Parser, Debug)]
+#[command(version, propagate_version = false, max_term_width = 110, after_help = exit::table())]
+pub(crate) struct Cli {
+    /// Results and progress for people or for programs [default: human; progress of a run is JSON lines when not on a terminal]
+    #[arg(long, global = true, value_enum, value_name = "FORMAT")]
+    pub(crate) output: Option<Format>,
+    /// Print results and errors alone
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// Turn slides, images or tile folders into a patch set
+    Ingest(IngestArgs),
+    /// Draw H&E-like slides with labels, to try everything on
+    Phantom(PhantomArgs),
+    /// Train a backbone on a patch set
+    Run(RunArgs),
+    /// How a run stands, from the bucket alone
+    Status(StatusArgs),
+    /// The runs in a bucket
+    List(ListArgs),
+    /// Fetch a run's weights and verify them
+    Pull(PullArgs),
+    /// Probe weights on a labelled patch set: k nearest neighbours and a linear classifier
+    Eval(EvalArgs),
+    /// Write a run's report: one HTML file with curves, slides, neighbours and probes
+    //R Report(ReportArgs),
+    /// Show or check a run configuration
+    Config(ConfigArgs),
+    /// Print a shell's completion script
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Print the version
+    Version,
+}
+
+/// Where the runs are.
+#[derive(Args, Debug)]
+pub(crate) struct Bucket {
+    /// Folder or S3 URL that holds the runs
+    #[arg(long, env = "SGCL_BUCKET", value_name = "URL")]
+    pub(crate) bucket: String,
+}
+
+const INGEST_EXAMPLES: &str = "\
+Examples:
+  sgclctl ingest slides/*.svs --to patches --preview previews
+  sgclctl ingest slides --to s3://lab/patches --mpp 0.25 --patch-px 512
+  sgclctl ingest old.svs --to patches --level 0                 (a slide that does not say its resolution)
+  sgclctl ingest NCT-CRC-HE-100K --to patches --patch-px 224    (class folders of images)
+
+Folders may hold slides, tiles as <class>/<slide>/<slide>_<x>_<y>_<level>.png, or images as <class>/<image>. Label maps beside a slide
+(<slide>.labels.png and .json) label its patches. The same call again goes on after an interruption.";
+
+#[derive(Args, Debug)]
+#[command(after_help = INGEST_EXAMPLES)]
+pub(crate) struct IngestArgs {
+    /// Slides, images or folders
+    #[arg(required = true)]
+    pub(crate) slides: Vec<PathBuf>,
+    /// Patch set to write: a folder or S3 URL
+    #[arg(long, value_name = "URL")]
+    pub(crate) to: String,
+    /// Side of a patch in pixels
+    #[arg(long, default_value_t = 256)]
+    pub(crate) patch_px: u32,
+    /// Microns per pixel to tile at [default: 0.5]
+    #[arg(long, conflicts_with = "level")]
+    pub(crate) mpp: Option<f64>,
+    /// Pyramid level to tile as it is
+    #[arg(long)]
+    pub(crate) level: Option<u32>,
+    /// Microns per pixel of slides that do not say
+    #[arg(long, value_name = "MPP")]
+    pub(crate) assume_mpp: Option<f64>,
+    /// JPEG quality of the patches, 1 to 100
+    #[arg(long, default_value_t = 90)]
+    pub(crate) quality: u8,
+    /// Share of a tile that tissue must cover
+    #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
+    pub(crate) tissue_min: f64,
+    /// Share of a tile that its class must cover
+    #[arg(long, default_value_t = 0.6, value_name = "SHARE")]
+    pub(crate) label_min: f64,
+    /// Folder for pictures of the slides with kept and dropped tiles drawn on them
+    #[arg(long, value_name = "DIR")]
+    pub(crate) preview: Option<PathBuf>,
+    /// Seed of the order of slides and patches
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Read, count and draw previews; write no patch set
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PhantomArgs {
+    /// Folder to write to
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Slides to draw
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub(crate) slides: u64,
+    /// Side of a slide in pixels
+    #[arg(long, default_value_t = 4096)]
+    pub(crate) size: u32,
+    /// Seed: the same one draws the same slides
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Measure how much of the classes colour alone gives away
+    #[arg(long)]
+    pub(crate) hardness: bool,
+}
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  sgclctl run --local --ranks-per-node 2 --data patches --bucket runs --name first -f configs/demo.yaml
+  sgclctl run --local --data s3://lab/patches --bucket s3://lab/runs --name big --set epochs=200 --set batch.per_rank=64
+  sgclctl run --local --data patches --bucket runs --name first --dry-run    (checks everything, trains nothing)
+  sgclctl run --local --bucket runs --name first --resume                    (goes on where it was)
+
+Ctrl-C finishes the step, commits and ends with code 75; a second Ctrl-C ends at once, without a commit.";
+
+#[derive(Args, Debug)]
+#[command(after_help = RUN_EXAMPLES)]
+pub(crate) struct RunArgs {
+    /// Train on this machine: a node is a process
+    #[arg(long, required = true)]
+    pub(crate) local: bool,
+    /// Nodes [default: 1; the run's own with --resume]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) nodes: Option<u32>,
+    /// Ranks on each node, one device each [default: 1; the run's own with --resume]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64), value_name = "RANKS")]
+    pub(crate) ranks_per_node: Option<u32>,
+    /// Patch set to train on (optional with --resume)
+    #[arg(long, value_name = "URL", required_unless_present = "resume")]
+    pub(crate) data: Option<String>,
+    #[command(flatten)]
+    pub(crate) bucket: Bucket,
+    /// Name of the run [default: run- and the time; needed with --resume]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    #[command(flatten)]
+    pub(crate) config: ConfigSource,
+    /// Go on with the run of this name from its newest commit
+    #[arg(long, requires = "name")]
+    pub(crate) resume: bool,
+    /// Check configuration, patch set and bucket, say what would be trained, and stop
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+/// Defaults, then the file, then each override.
+#[derive(Args, Debug)]
+pub(crate) struct ConfigSource {
+    /// Configuration file (YAML) [default: the published setting]
+    #[arg(short = 'f', long = "file", value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+    /// Override one key, e.g. epochs=20 or optimizer.lr=0.03; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+}
+
+const STATUS_EXAMPLES: &str = "\
+Examples:
+  sgclctl status first --bucket runs
+  sgclctl status s3://lab/runs/runs/first
+  sgclctl status first --bucket runs --output json";
+
+#[derive(Args, Debug)]
+#[command(after_help = STATUS_EXAMPLES)]
+pub(crate) struct StatusArgs {
+    /// Name of the run (with --bucket), or its own URL: <bucket>/runs/<name>
+    #[arg(value_name = "RUN|URL")]
+    pub(crate) run: String,
+    /// Folder or S3 URL that holds the runs
+    #[arg(long, env = "SGCL_BUCKET", value_name = "URL")]
+    pub(crate) bucket: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ListArgs {
+    #[command(flatten)]
+    pub(crate) bucket: Bucket,
+}
+
+const PULL_EXAMPLES: &str = "\
+Examples:
+  sgclctl pull first weights --bucket runs
+  python -c 'import torch; torch.load(\"weights/backbone.pth\")'";
+
+#[derive(Args, Debug)]
+#[command(after_help = PULL_EXAMPLES)]
+pub(crate) struct PullArgs {
+    /// Name of the run
+    pub(crate) run: String,
+    /// Folder to write; must not exist, or be empty
+    pub(crate) dir: PathBuf,
+    #[command(flatten)]
+    pub(crate) bucket: Bucket,
+    /// Commit whose export to fetch [default: the newest]
+    #[arg(long)]
+    pub(crate) commit: Option<u64>,
+}
+
+const EVAL_EXAMPLES: &str = "\
+Examples:
+  sgclctl eval --data patches --bucket runs --weights first --weights random
+  sgclctl eval --data labelled --weights weights/backbone.pth --arch resnet50
+
+Slides are tested on that were not learnt from: those a named run held out (data.holdout_fraction), else a share drawn by --seed.
+Results are kept with each run named (eval/<weights>.json) and appear in its report.";
+
+#[derive(Args, Debug)]
+#[command(after_help = EVAL_EXAMPLES)]
+pub(crate) struct EvalArgs {
+    /// Labelled patch set
+    #[arg(long, value_name = "URL")]
+    pub(crate) data: String,
+    /// What to probe: a run's name, a .pth or .safetensors file, or `random`; may be repeated
+    #[arg(long, required = true, num_args = 1.., value_name = "RUN|FILE|random")]
+    pub(crate) weights: Vec<String>,
+    /// Folder or S3 URL that holds the runs named
+    #[arg(long, env = "SGCL_BUCKET", value_name = "URL")]
+    pub(crate) bucket: Option<String>,
+    /// Keep the results with this run [default: every run among --weights]
+    #[arg(long, value_name = "RUN")]
+    pub(crate) save_to: Option<String>,
+    /// Architecture of files and of `random` [default: that of the first run named, else resnet18]
+    #[arg(long, value_parser = ["resnet18", "resnet34", "resnet50"])]
+    pub(crate) arch: Option<String>,
+    /// Side that patches are resized to, pixels [default: the run's global view, else 224]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(32..=1024))]
+    pub(crate) px: Option<u32>,
+    /// Share of slides to test on, where no run held any out
+    #[arg(long, default_value_t = 0.3, value_name = "SHARE")]
+    pub(crate) holdout_fraction: f64,
+    /// Seed of the split and of `random`
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+const REPORT_EXAMPLES: &str = "\
+Examples:
+  sgclctl report first --bucket runs
+  sgclctl report first --bucket s3://lab/runs --data /mnt/patches --out first.html";
+
+#[derive(Args, Debug)]
+#[command(after_help = REPORT_EXAMPLES)]
+pub(crate) struct ReportArgs {
+    /// Name of the run
+    pub(crate) run: String,
+    #[command(flatten)]
+    pub(crate) bucket: Bucket,
+    /// File to write
+    #[arg(long, default_value = "report.html", value_name = "FILE")]
+    pub(crate) out: PathBuf,
+    /// Patch set, where it has moved since the run [default: the one the run was made with]
+    #[arg(long, value_name = "URL")]
+    pub(crate) data: Option<String>,
+    /// Slides to show
+    #[arg(long, default_value_t = 12)]
+    pub(crate) slides: usize,
+    /// Query patches of the neighbour montage
+    #[arg(long, default_value_t = 6)]
+    pub(crate) queries: usize,
+}
+
+const CONFIG_EXAMPLES: &str = "\
+Examples:
+  sgclctl config show -f configs/demo.yaml --set epochs=20
+  sgclctl config check -f my.yaml --data patches --ranks 4
+  sgclctl config schema > schema.json";
+
+#[derive(Args, Debug)]
+#[command(after_help = CONFIG_EXAMPLES)]
+pub(crate) struct ConfigArgs {
+    #[command(subcommand)]
+    pub(crate) command: ConfigCommand,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum ConfigCommand {
+    /// Print the configuration in full: defaults, file and overrides
+    Show(ConfigSource),
+    /// Check a configuration, against a patch set too where one is named
+    Check {
+        #[command(flatten)]
+        source: ConfigSource,
+        /// Patch set that it must fit
+        #[arg(long, value_name = "URL")]
+        data: Option<String>,
+        /// Ranks that share a step
+        #[arg(long, default_value_t = 1)]
+        ranks: u32,
+    },
+    /// Print the JSON schema of configuration files
+    Schema,
+}

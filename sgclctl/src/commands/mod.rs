@@ -1,0 +1,68 @@
+//! One file a command.
+
+pub(crate) mod config;
+pub(crate) mod eval;
+pub(crate) mod ingest;
+pub(crate) mod list;
+pub(crate) mod phantom;
+pub(crate) mod pull;
+//R pub(crate) mod report;
+pub(crate) mod run;
+pub(crate) mod status;
+
+use anyhow::Result;
+use sgcl_patchset::Store;
+use sgcl_runstore::{RunName, Spec};
+
+use crate::cli::{Cli, Command};
+use crate::error::Failure;
+use crate::exit::Exit;
+use crate::output::Out;
+
+/// Carries a command out.
+pub(crate) async fn dispatch(cli: Cli) -> Result<Exit> {
+    let out = Out { format: cli.output, quiet: cli.quiet };
+    match cli.command {
+        Command::Ingest(args) => ingest::main(args, out).await,
+        Command::Phantom(args) => phantom::main(args, out).await,
+        Command::Run(args) => run::main(args, out).await,
+        Command::Status(args) => status::main(args, out).await,
+        Command::List(args) => list::main(args, out).await,
+        Command::Pull(args) => pull::main(args, out).await,
+        Command::Eval(args) => eval::main(args, out).await,
+        //R Command::Report(args) => report::main(args, out).await,
+        Command::Config(args) => config::main(args, out).await,
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut <Cli as clap::CommandFactory>::command(), "sgclctl", &mut script);
+            out.data(String::from_utf8_lossy(&script).trim_end())?;
+            Ok(Exit::Done)
+        }
+        Command::Version => {
+            let version = env!("CARGO_PKG_VERSION");
+            if out.json() {
+                out.json_line(&serde_json::json!({ "version": version, "patch_set_format": sgcl_patchset::manifest::VERSION,
+                    "run_format": sgcl_runstore::FORMAT_VERSION }))?;
+            } else {
+                out.data(format!("sgclctl {version}"))?;
+            }
+            Ok(Exit::Done)
+        }
+    }
+}
+
+/// An existing run of a bucket.
+///
+/// # Errors
+/// The name cannot be one, there is no such run, or the storage.
+async fn existing(bucket: &str, run: &str) -> Result<(Store, Spec)> {
+    let name = RunName::new(run)?;
+    let bucket = Store::open(bucket)?;
+    let store = name.store(&bucket);
+    match Spec::find(&store).await? {
+        Some(spec) => Ok((store, spec)),
+        None => Err(Failure::new(Exit::Data, format!("there is no run {run} in {bucket}"))
+            .hint(format!("`sgclctl list --bucket {bucket}` names those there are"))
+            .into()),
+    }
+}

@@ -1,0 +1,208 @@
+//! `run --local`: check, write the spec, coordinate in this process, show progress until the end.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use jiff::Timestamp;
+use serde_json::json;
+use sgcl_coordinator::{Coordinator, Outcome, ProcessLauncher, RunView};
+use sgcl_patchset::{PatchSet, Store};
+use sgcl_runstore::{Commits, RunConfig, RunName, Spec};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::config::trained_patches;
+use crate::cli::RunArgs;
+use crate::error::Failure;
+use crate::exit::Exit;
+use crate::output::{Out, count, warn};
+use crate::progress::RunProgress;
+use crate::worker;
+
+pub(crate) async fn main(args: RunArgs, out: Out) -> Result<Exit> {
+    let name = RunName::new(args.name.clone().unwrap_or_else(|| Timestamp::now().strftime("run-%Y%m%d-%H%M%S").to_string()))?;
+    let bucket = Store::open(&args.bucket.bucket)?;
+    let run = name.store(&bucket);
+    let stored = Spec::find(&run).await?;
+    let spec = wanted(&args, &name, stored.as_ref(), out).await?;
+    match &stored {
+        Some(stored) if args.resume => stored.check_resume(&spec, &run)?,
+        Some(_) => {
+            return Err(Failure::new(Exit::CannotCreate, format!("{bucket} has a run named {name} already"))
+                .hint("--resume goes on with it; another --name starts a run beside it")
+                .into());
+        }
+        None if args.resume => {
+            return Err(Failure::new(Exit::Data, format!("there is no run {name} in {bucket} to resume"))
+                .hint(format!("`sgclctl list --bucket {bucket}` names those there are"))
+                .into());
+        }
+        None => {}
+    }
+    let program = worker::find()?;
+    if args.dry_run {
+        out.note("dry run: everything fits; nothing was written");
+        return Ok(Exit::Done);
+    }
+    if stored.is_none() {
+        spec.create(&run).await?;
+    }
+    let resume = format!("sgclctl run --local --bucket {} --name {name} --resume", quoted(bucket.url()));
+    let outcome = train(&spec, &run, &program, out).await.inspect_err(|_| {
+        warn(format!("what was committed is kept; go on with: {resume}"));
+    })?;
+    ended(&outcome, &spec, &bucket, &resume, out).await
+}
+
+/// The spec that the arguments ask for, checked against its patch set.
+async fn wanted(args: &RunArgs, name: &RunName, stored: Option<&Spec>, out: Out) -> Result<Spec> {
+    let config = configuration(args, stored)?;
+    let data = match (&args.data, stored) {
+        (Some(url), _) => url.clone(),
+        (None, Some(stored)) => stored.data.clone(),
+        (None, None) => {
+            return Err(Failure::new(Exit::Data, format!("there is no run {name} to resume"))
+                .hint("check --name and --bucket; a new run needs --data")
+                .into());
+        }
+    };
+    let nodes = args.nodes.or(stored.map(|s| s.nodes)).unwrap_or(1);
+    let ranks_per_node = args.ranks_per_node.or(stored.map(|s| s.ranks_per_node)).unwrap_or(1);
+    let world = nodes as usize * ranks_per_node as usize;
+    let set = PatchSet::open(&data).await?;
+    let patches = trained_patches(&config, &set)?;
+    config.check_against(patches as u64, world)?;
+    describe(name, &config, &set, patches, world, out);
+    let id = set.manifest().content_id.clone();
+    let mut spec =
+        Spec::new(name.clone(), set.store().url(), id, nodes, ranks_per_node, nodes, config, Timestamp::now());
+    if let Some(stored) = stored {
+        spec.created = stored.created;
+        spec.write_id.clone_from(&stored.write_id);
+    }
+    Ok(spec)
+}
+
+/// Defaults or, when resuming without a file, the run's own configuration; then the overrides.
+fn configuration(args: &RunArgs, stored: Option<&Spec>) -> Result<RunConfig> {
+    match stored.filter(|_| args.resume && args.config.file.is_none()) {
+        // JSON is YAML.
+        Some(stored) => Ok(RunConfig::from_yaml(&serde_json::to_string(&stored.config)?, "spec.json", &args.config.set)?),
+        None => Ok(RunConfig::load(args.config.file.as_deref(), &args.config.set)?),
+    }
+}
+
+/// What will be trained, in three lines.
+fn describe(name: &RunName, config: &RunConfig, set: &PatchSet, patches: usize, world: usize, out: Out) {
+    let batch = config.global_batch(world);
+    let held_out = set.len() - patches;
+    let row = 4 * (5 * config.projector.dim + config.backbone.arch.feature_dim());
+    out.note(format!("run {name}: {} for {} epochs", config.backbone.arch.name(), config.epochs));
+    out.note(format!(
+        "  patches  {} of {} slides{}",
+        count(patches),
+        set.manifest().slides.len(),
+        if held_out == 0 { String::new() } else { format!("; {} more are not trained on", count(held_out)) }
+    ));
+    out.note(format!(
+        "  step     {world} rank(s) × {} = {batch} patches, {} steps an epoch, learning rate {:.4}",
+        config.batch.per_rank * config.batch.accumulate,
+        count(patches.div_ceil(batch)),
+        config.base_lr(world)
+    ));
+    out.note(format!("  bank     {} a rank", indicatif::HumanBytes((row * patches) as u64)));
+}
+
+/// Coordinates the run and shows it; Ctrl-C stops it in good order, a second one at once.
+async fn train(spec: &Spec, run: &Store, program: &Path, out: Out) -> Result<Outcome> {
+    let listener = TcpListener::bind("127.0.0.1:0").await.context("cannot listen on 127.0.0.1")?;
+    let launcher = ProcessLauncher::new(program.to_owned(), spec.run.to_string(), spec.nodes, spec.ranks_per_node);
+    let (sender, mut view) = watch::channel(RunView::default());
+    let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
+    let coordinator = Coordinator {
+        spec: spec.clone(),
+        run: run.clone(),
+        launcher,
+        view: sender,
+        stop: stop.clone(),
+        kill: kill.clone(),
+    };
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let mut progress = RunProgress::new(out, spec.config.epochs);
+    let mut serving = tokio::spawn(coordinator.serve(listener));
+    let mut watching = true;
+    let mut restarts = 0;
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut serving => break outcome,
+            changed = view.changed(), if watching => {
+                // The sender goes when the coordinator ends, which the other branch tells.
+                watching = changed.is_ok();
+                let now = view.borrow_and_update().clone();
+                if now.restarts > restarts {
+                    restarts = now.restarts;
+                    warn(format!("restarting from the newest commit: {}", now.message.as_deref().unwrap_or("a rank was lost")));
+                }
+                progress.show(&now)?;
+            }
+            () = async { tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} } } => {
+                if stop.is_cancelled() {
+                    kill.cancel();
+                } else {
+                    warn("committing… press again to quit without");
+                    stop.cancel();
+                }
+            }
+        }
+    };
+    progress.finish();
+    outcome.context("the coordinator broke off")?
+}
+
+/// Says how it ended and what can be done next.
+async fn ended(outcome: &Outcome, spec: &Spec, bucket: &Store, resume: &str, out: Out) -> Result<Exit> {
+    let run = spec.run.store(bucket);
+    let commit = Commits::new(&run).latest().await?.map(|commit| commit.seq);
+    let kept = commit.map_or_else(|| "nothing was committed yet".to_owned(), |seq| format!("commit {seq} is kept"));
+    let json = |outcome: &str, reason: Option<&str>| {
+        out.json_line(&json!({ "ended": { "run": spec.run, "outcome": outcome, "reason": reason, "commit": commit, "url": run.url() } }))
+    };
+    match outcome {
+        Outcome::Finished => {
+            let exports = sgcl_runstore::export::list_exports(&run).await?;
+            if out.json_progress() {
+                json("finished", None)?;
+            }
+            let (name, at) = (&spec.run, quoted(bucket.url()));
+            let weights = exports.last().map(|seq| run.object(&format!("exports/{seq:08}")));
+            out.note(format!("finished; weights: {}", weights.as_deref().unwrap_or("none were exported")));
+            out.note(format!("  sgclctl pull {name} weights --bucket {at}"));
+            out.note(format!("  sgclctl report {name} --bucket {at} --out report.html"));
+            out.note(format!("  sgclctl eval --data {} --bucket {at} --weights {name} --weights random", quoted(&spec.data)));
+            Ok(Exit::Done)
+        }
+        Outcome::Suspended { reason } => {
+            if out.json_progress() {
+                json("suspended", Some(reason))?;
+            }
+            warn(format!("suspended: {reason}; {kept}\ngo on with: {resume}"));
+            Ok(Exit::Suspended)
+        }
+        Outcome::Failed { message, code } => {
+            if out.json_progress() {
+                json("failed", Some(message))?;
+            }
+            let failure = Failure::new(Exit::of_worker(*code), format!("run {} failed: {message}", spec.run));
+            Err(failure.hint(format!("mend that ({kept}), then go on with: {resume}")).into())
+        }
+    }
+}
+
+/// As a shell takes it.
+fn quoted(word: &str) -> String {
+    let word = word.strip_prefix("file://").unwrap_or(word);
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-:+=@%,".contains(c);
+    if word.chars().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+}

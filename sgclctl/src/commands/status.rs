@@ -1,0 +1,98 @@
+//! `status`: how a run stands, read from the bucket: the run may be over, or on another machine.
+
+use std::fmt::Write as _;
+
+use anyhow::Result;
+use jiff::Timestamp;
+use sgcl_patchset::Store;
+use sgcl_runstore::{Phase, RunName, RunStatus};
+
+use crate::cli::StatusArgs;
+use crate::error::Failure;
+use crate::exit::Exit;
+use crate::output::{Out, count, percent, span};
+
+/// A running run that says nothing for so long may be dead.
+const SILENT_S: f64 = 300.0;
+
+pub(crate) async fn main(args: StatusArgs, out: Out) -> Result<Exit> {
+    let run = find(&args).await?;
+    let status = RunStatus::read(&run).await?;
+    if out.json() {
+        out.json_line(&status)?;
+    } else {
+        out.data(text(&status, Timestamp::now()).trim_end())?;
+    }
+    Ok(Exit::Done)
+}
+
+async fn find(args: &StatusArgs) -> Result<Store> {
+    if args.run.contains('/') {
+        return Ok(Store::open(&args.run)?);
+    }
+    let Some(bucket) = &args.bucket else {
+        RunName::new(args.run.as_str())?;
+        return Err(Failure::new(Exit::Usage, format!("where is run {}?", args.run))
+            .hint("add --bucket URL (or set SGCL_BUCKET), or give the run's own URL: <bucket>/runs/<name>")
+            .into());
+    };
+    Ok(super::existing(bucket, &args.run).await?.0)
+}
+
+fn text(status: &RunStatus, now: Timestamp) -> String {
+    let mut text = String::new();
+    let mut row = |name: &str, value: String| {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{name:<10} {value}");
+    };
+    row("run", status.run.clone());
+    row("phase", phase(status, now));
+    if let Some(reason) = &status.reason {
+        row("because", reason.replace('\n', "\n           "));
+    }
+    let trained = if status.phase == Phase::Finished { status.epochs } else { status.epoch };
+    row(
+        "progress",
+        format!("{}  ({trained} of {} epochs trained, {} steps)", percent(status.progress), status.epochs, count(status.step)),
+    );
+    if let Some(eta) = status.eta_s {
+        row("left", span(eta));
+    }
+    if let Some(pace) = status.samples_per_second {
+        row("pace", format!("{pace:.0} patches/s"));
+    }
+    let losses: Vec<String> = status
+        .losses
+        .iter()
+        .filter_map(|(name, value)| Some(format!("{} {value:.4}", name.strip_prefix("loss/")?)))
+        .collect();
+    if !losses.is_empty() {
+        row("losses", losses.join("  "));
+    }
+    row("commit", status.commit.map_or_else(|| "none yet".to_owned(), |seq| seq.to_string()));
+    row("restarts", status.restarts.to_string());
+    row("data", status.data.clone());
+    row("exports", if status.exports.is_empty() { "none yet".to_owned() } else { format!("commit {:?}", status.exports) });
+    for (name, eval) in &status.evals {
+        let share = |value: &serde_json::Value| value.as_f64().map_or_else(|| "–".to_owned(), percent);
+        row("probe", format!("{name}: kNN-20 {}, linear {}", share(&eval["knn"]["20"]), share(&eval["linear"])));
+    }
+    text
+}
+
+/// The phase in words; a running run that went silent says so.
+pub(super) fn phase(status: &RunStatus, now: Timestamp) -> String {
+    let word = match status.phase {
+        Phase::Pending => "pending",
+        Phase::Running => "running",
+        Phase::Suspended => "suspended",
+        Phase::Finished => "finished",
+        Phase::Failed => "failed",
+    };
+    let quiet = now.duration_since(status.updated).as_secs_f64();
+    if status.phase == Phase::Running && quiet > SILENT_S {
+        format!("{word}, but silent for {}; if nobody trains it, --resume goes on", span(quiet))
+    } else {
+        word.to_owned()
+    }
+}

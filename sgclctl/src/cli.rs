@@ -42,7 +42,7 @@ pub(crate) enum Command {
     /// Probe weights on a labelled patch set: k nearest neighbours and a linear classifier
     Eval(EvalArgs),
     /// Write a run's report: one HTML file with curves, slides, neighbours and probes
-    //R Report(ReportArgs),
+    Report(ReportArgs),
     /// Show or check a run configuration
     Config(ConfigArgs),
     /// Print a shell's completion script

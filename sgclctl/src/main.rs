@@ -6,7 +6,7 @@ mod error;
 mod exit;
 mod output;
 mod progress;
-//R mod report;
+mod report;
 mod table;
 mod worker;
 

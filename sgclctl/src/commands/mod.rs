@@ -6,7 +6,7 @@ pub(crate) mod ingest;
 pub(crate) mod list;
 pub(crate) mod phantom;
 pub(crate) mod pull;
-//R pub(crate) mod report;
+pub(crate) mod report;
 pub(crate) mod run;
 pub(crate) mod status;
 
@@ -30,7 +30,7 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::List(args) => list::main(args, out).await,
         Command::Pull(args) => pull::main(args, out).await,
         Command::Eval(args) => eval::main(args, out).await,
-        //R Command::Report(args) => report::main(args, out).await,
+        Command::Report(args) => report::main(args, out).await,
         Command::Config(args) => config::main(args, out).await,
         Command::Completions { shell } => {
             let mut script = Vec::new();
@@ -41,8 +41,10 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::Version => {
             let version = env!("CARGO_PKG_VERSION");
             if out.json() {
-                out.json_line(&serde_json::json!({ "version": version, "patch_set_format": sgcl_patchset::manifest::VERSION,
-                    "run_format": sgcl_runstore::FORMAT_VERSION }))?;
+                out.json_line(
+                    &serde_json::json!({ "version": version, "patch_set_format": sgcl_patchset::manifest::VERSION,
+                    "run_format": sgcl_runstore::FORMAT_VERSION }),
+                )?;
             } else {
                 out.data(format!("sgclctl {version}"))?;
             }

@@ -41,7 +41,11 @@ impl Bank {
             let find = |name: &str| tensors.iter().find(|tensor| tensor.name == name);
             let features = ["backbone", "global"].into_iter().find_map(|name| Some((name, find(name)?)));
             let (Some(ids), Some((name, features))) = (find("ids"), features) else { continue };
-            ensure!(features.dtype == Dtype::F32 && features.shape.len() == 2, "{}: {name} is not a table of f32", part.path);
+            ensure!(
+                features.dtype == Dtype::F32 && features.shape.len() == 2,
+                "{}: {name} is not a table of f32",
+                part.path
+            );
             let (count, width) = (features.shape[0], features.shape[1]);
             let ids: Vec<u32> = integers(ids)?.into_iter().map(u32::try_from).collect::<Result<_, _>>()?;
             ensure!(ids.len() == count, "{}: {} ids for {count} rows", part.path, ids.len());

@@ -32,8 +32,12 @@ pub(crate) struct Chart {
 impl Chart {
     /// The chart as an `<svg>` element; `None` where there is nothing to draw.
     pub(crate) fn svg(&self) -> Option<String> {
-        let lines: Vec<(&Line, Vec<(f64, f64)>)> =
-            self.lines.iter().map(|line| (line, thinned(&line.points))).filter(|(_, points)| !points.is_empty()).collect();
+        let lines: Vec<(&Line, Vec<(f64, f64)>)> = self
+            .lines
+            .iter()
+            .map(|line| (line, thinned(&line.points)))
+            .filter(|(_, points)| !points.is_empty())
+            .collect();
         let all = || lines.iter().flat_map(|(_, points)| points.iter());
         let (x_low, x_high) = range(all().map(|p| p.0))?;
         let (mut low, high) = range(all().map(|p| p.1))?;
@@ -55,7 +59,8 @@ impl Chart {
         // Writing to a String cannot fail, here and below.
         for mark in self.marks.iter().filter(|mark| **mark > x_low && **mark < x_high) {
             let at = x(*mark);
-            let _ = write!(svg, r#"<line class="mark" x1="{at:.1}" x2="{at:.1}" y1="{TOP}" y2="{:.1}"/>"#, HEIGHT - BOTTOM);
+            let _ =
+                write!(svg, r#"<line class="mark" x1="{at:.1}" x2="{at:.1}" y1="{TOP}" y2="{:.1}"/>"#, HEIGHT - BOTTOM);
         }
         for tick in &ticks {
             let at = y(*tick);
@@ -122,7 +127,8 @@ fn ticks(low: f64, high: f64, count: u32) -> Vec<f64> {
     let span = if high > low { high - low } else { low.abs().max(1e-6) };
     let raw = span / f64::from(count);
     let magnitude = 10_f64.powf(raw.log10().floor());
-    let step = [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|m| m * magnitude).find(|s| *s >= raw).unwrap_or(10.0 * magnitude);
+    let step =
+        [1.0, 2.0, 2.5, 5.0, 10.0].into_iter().map(|m| m * magnitude).find(|s| *s >= raw).unwrap_or(10.0 * magnitude);
     let (first, last) = ((low / step).floor(), (high / step).ceil());
     let last = if last > first { last } else { first + 1.0 };
     (0..=(last - first) as u32).map(|i| (first + f64::from(i)) * step).collect()
@@ -151,7 +157,13 @@ mod tests {
     use super::*;
 
     fn chart(points: Vec<(f64, f64)>) -> Chart {
-        Chart { title: "Loss", unit: "", from_zero: false, lines: vec![Line { name: "total", class: "c1", points }], marks: vec![] }
+        Chart {
+            title: "Loss",
+            unit: "",
+            from_zero: false,
+            lines: vec![Line { name: "total", class: "c1", points }],
+            marks: vec![],
+        }
     }
 
     #[test]

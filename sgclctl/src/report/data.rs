@@ -71,7 +71,9 @@ impl Facts {
         let url = wanted.data.clone().unwrap_or_else(|| facts.spec.data.clone());
         match PatchSet::open(&url).await {
             Ok(set) if set.manifest().content_id != facts.spec.data_id => {
-                facts.missing.push(format!("pictures: {url} holds other patches than the run was trained on; give --data URL"));
+                facts
+                    .missing
+                    .push(format!("pictures: {url} holds other patches than the run was trained on; give --data URL"));
             }
             Ok(set) => facts.pictures(&set, bank.as_ref(), wanted, &tell).await,
             Err(e) => facts.missing.push(format!("pictures: {e}; where the patch set has moved, give --data URL")),

@@ -84,6 +84,8 @@ struct Share {
     text: String,
     /// Strength of its ground, in percent.
     strength: String,
+    /// Whether the ground is too strong for dark ink.
+    strong: bool,
 }
 
 struct EventRow {
@@ -174,25 +176,40 @@ fn cards(facts: &Facts) -> Vec<Card> {
     }];
     if let Some(patches) = facts.patches {
         let held = if facts.held_out > 0 { format!(", {} held out", facts.held_out) } else { String::new() };
-        cards.push(Card { name: "Patches", value: count(patches as u64), note: format!("{} slides{held}", facts.slide_count) });
+        cards.push(Card {
+            name: "Patches",
+            value: count(patches as u64),
+            note: format!("{} slides{held}", facts.slide_count),
+        });
     }
     let loss = |epoch: u32| {
-        let values: Vec<f64> =
-            facts.steps.iter().filter(|s| s.epoch == epoch).filter_map(|s| s.values.get("loss/total").copied()).collect();
+        let values: Vec<f64> = facts
+            .steps
+            .iter()
+            .filter(|s| s.epoch == epoch)
+            .filter_map(|s| s.values.get("loss/total").copied())
+            .collect();
         #[allow(clippy::cast_precision_loss)]
         (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
     };
-    if let (Some(first), Some(last)) = (facts.steps.first().and_then(|s| loss(s.epoch)), facts.steps.last().and_then(|s| loss(s.epoch))) {
-        cards.push(Card { name: "Loss", value: format!("{last:.2}"), note: format!("mean of the last epoch; first {first:.2}") });
+    if let (Some(first), Some(last)) =
+        (facts.steps.first().and_then(|s| loss(s.epoch)), facts.steps.last().and_then(|s| loss(s.epoch)))
+    {
+        cards.push(Card {
+            name: "Loss",
+            value: format!("{last:.2}"),
+            note: format!("mean of the last epoch; first {first:.2}"),
+        });
     }
     let knn = |value: &Value| value["knn"]["20"].as_f64();
     let evals = facts.evals();
     let best = evals.iter().filter(|(name, _)| *name != "random").filter_map(|(_, v)| knn(v)).reduce(f64::max);
     let random = evals.iter().find(|(name, _)| *name == "random").and_then(|(_, v)| knn(v));
     if let Some(best) = best {
-        let note = random.map_or_else(|| "k nearest neighbours, k = 20".to_owned(), |random| {
-            format!("random weights {} ({:+.1} points)", percent(random), 100.0 * (best - random))
-        });
+        let note = random.map_or_else(
+            || "k nearest neighbours, k = 20".to_owned(),
+            |random| format!("random weights {} ({:+.1} points)", percent(random), 100.0 * (best - random)),
+        );
         cards.push(Card { name: "kNN accuracy", value: percent(best), note });
     }
     // Pauses between generations are not training.
@@ -203,7 +220,11 @@ fn cards(facts: &Facts) -> Vec<Card> {
         .map(|pair| pair[1].time.duration_since(pair[0].time).as_secs_f64())
         .sum();
     if let (true, Some(pace)) = (trained > 0.0, status.samples_per_second) {
-        cards.push(Card { name: "Pace", value: format!("{pace:.0}/s"), note: format!("patches at the end; {} of training", span(trained)) });
+        cards.push(Card {
+            name: "Pace",
+            value: format!("{pace:.0}/s"),
+            note: format!("patches at the end; {} of training", span(trained)),
+        });
     }
     cards.push(Card {
         name: "Restarts",
@@ -243,7 +264,8 @@ fn charts(facts: &Facts) -> Vec<Drawn> {
     ]
     .into_iter()
     .filter_map(|chart| {
-        let legend = chart.lines.iter().filter(|l| chart.lines.len() > 1 && !l.points.is_empty()).map(|l| (l.name, l.class));
+        let legend =
+            chart.lines.iter().filter(|l| chart.lines.len() > 1 && !l.points.is_empty()).map(|l| (l.name, l.class));
         Some(Drawn { title: chart.title, unit: chart.unit, legend: legend.collect(), svg: chart.svg()? })
     })
     .collect()
@@ -328,6 +350,7 @@ fn confusion(facts: &Facts) -> Option<Confusion> {
             .map(|n| Share {
                 text: if n > 0.0 { format!("{:.0}", 100.0 * share(n)) } else { String::new() },
                 strength: format!("{:.0}", 85.0 * share(n)),
+                strong: share(n) > 0.5,
             })
             .collect()
     };
@@ -343,8 +366,10 @@ fn event_rows(facts: &Facts) -> Vec<EventRow> {
             let (what, detail) = match &event.kind {
                 EventKind::Started { world, from_commit } => (
                     "started",
-                    from_commit
-                        .map_or_else(|| format!("on {world} ranks"), |seq| format!("on {world} ranks, from commit {seq}")),
+                    from_commit.map_or_else(
+                        || format!("on {world} ranks"),
+                        |seq| format!("on {world} ranks, from commit {seq}"),
+                    ),
                 ),
                 EventKind::Restarted { reason } => ("restarted", reason.clone()),
                 EventKind::Suspended { reason } => ("suspended", reason.clone()),
@@ -366,7 +391,9 @@ fn config_rows(config: &RunConfig) -> Vec<ConfigRow> {
                     flatten(&name, value, &default[key], rows);
                 }
             }
-            Value::Null => rows.push(ConfigRow { key: name.to_owned(), value: "none".into(), changed: value != default }),
+            Value::Null => {
+                rows.push(ConfigRow { key: name.to_owned(), value: "none".into(), changed: value != default })
+            }
             other => {
                 let text = other.as_str().map_or_else(|| other.to_string(), str::to_owned);
                 rows.push(ConfigRow { key: name.to_owned(), value: text, changed: value != default });

@@ -22,7 +22,8 @@ pub(crate) fn slide(encoded: &[u8]) -> Option<String> {
 /// A slide's picture put together from its patches, each shrunk to a few pixels: (column, row, pixels of a square RGB patch).
 pub(crate) fn mosaic(grid: [u32; 2], patches: impl Iterator<Item = (u32, u32, RgbImage)>) -> Option<String> {
     let cell = (SLIDE_PX / grid[0].max(grid[1]).max(1)).clamp(2, 48);
-    let mut picture = RgbImage::from_pixel(grid[0].min(SLIDE_PX) * cell, grid[1].min(SLIDE_PX) * cell, image::Rgb([244; 3]));
+    let mut picture =
+        RgbImage::from_pixel(grid[0].min(SLIDE_PX) * cell, grid[1].min(SLIDE_PX) * cell, image::Rgb([244; 3]));
     for (x, y, patch) in patches {
         let small = image::imageops::thumbnail(&patch, cell, cell);
         image::imageops::replace(&mut picture, &small, i64::from(x * cell), i64::from(y * cell));

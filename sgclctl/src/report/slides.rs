@@ -59,6 +59,15 @@ pub(crate) struct SlideView {
     pub(crate) ruled: Option<[u32; 2]>,
 }
 
+impl SlideView {
+    /// Where the grid lies on the picture, as CSS.
+    pub(crate) fn place(&self) -> String {
+        let [width, height] = self.cover;
+        let ruled = self.ruled.map(|[columns, rows]| format!(";--columns:{columns};--rows:{rows}")).unwrap_or_default();
+        format!("width:{width:.3}%;height:{height:.3}%{ruled}")
+    }
+}
+
 /// Up to `count` slides, spread over the set.
 pub(crate) async fn views(
     set: &PatchSet,
@@ -96,11 +105,9 @@ async fn view(
     };
     let laid = slide.spatial && u64::from(grid[0]) * u64::from(grid[1]) <= MAX_TILES && grid[0] > 0 && grid[1] > 0;
     let overlay = |colour: &dyn Fn(u32, Option<u16>) -> Option<[u8; 3]>| {
-        let mut any = false;
         let tiles: Vec<(u32, u32, [u8; 3])> =
             slide.ids().filter_map(|id| place(id).and_then(|(x, y, label)| Some((x, y, colour(id, label)?)))).collect();
-        any |= !tiles.is_empty();
-        (laid && any).then(|| pictures::tiles(grid, tiles.into_iter())).flatten()
+        (laid && !tiles.is_empty()).then(|| pictures::tiles(grid, tiles.into_iter())).flatten()
     };
     let by_class = overlay(&|_, label| label.map(class_colour));
     let by_cluster = overlay(&|id, _| bank.and_then(|bank| bank.clusters.get(&id)).map(|&cluster| hue(cluster)));

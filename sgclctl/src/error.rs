@@ -178,7 +178,9 @@ fn run_store(error: &RunStoreError) -> Known {
 fn config(error: &ConfigError) -> Known {
     match error {
         ConfigError::Invalid(_) => (Exit::Config, Some("`sgclctl config schema` lists every key with its range")),
-        ConfigError::DoesNotFit { .. } => (Exit::Config, Some("change these with --set key=value, or ingest more slides")),
+        ConfigError::DoesNotFit { .. } => {
+            (Exit::Config, Some("change these with --set key=value, or ingest more slides"))
+        }
         _ => (Exit::Config, None),
     }
 }

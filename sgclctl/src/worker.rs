@@ -23,7 +23,8 @@ pub(crate) fn find() -> Result<PathBuf, Failure> {
     match beside {
         Some(path) if path.is_file() => Ok(path),
         other => {
-            let place = other.as_deref().map_or_else(|| "beside sgclctl".to_owned(), |p: &Path| p.display().to_string());
+            let place =
+                other.as_deref().map_or_else(|| "beside sgclctl".to_owned(), |p: &Path| p.display().to_string());
             Err(Failure::new(Exit::Config, format!("sgcl-worker is not there ({place})"))
                 .hint("build it with `make build`, or set SGCL_WORKER to where it is"))
         }

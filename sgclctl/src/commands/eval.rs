@@ -21,7 +21,11 @@ const LAST_LINES: usize = 20;
 
 pub(crate) async fn main(args: EvalArgs, out: Out) -> Result<Exit> {
     if !(args.holdout_fraction > 0.0 && args.holdout_fraction < 1.0) {
-        return Err(Failure::new(Exit::Usage, format!("--holdout-fraction {} is not between 0 and 1", args.holdout_fraction)).into());
+        return Err(Failure::new(
+            Exit::Usage,
+            format!("--holdout-fraction {} is not between 0 and 1", args.holdout_fraction),
+        )
+        .into());
     }
     let runs = runs_to_keep_with(&args).await?;
     let results = probe(&args, out).await?;
@@ -84,11 +88,9 @@ async fn probe(args: &EvalArgs, out: Out) -> Result<Vec<Value>> {
     let mut command = Command::new(worker::find()?);
     command.args(["eval", "--data", &args.data, "--seed", &args.seed.to_string()]);
     command.args(["--holdout-fraction", &args.holdout_fraction.to_string()]);
-    for (option, value) in [
-        ("--bucket", args.bucket.clone()),
-        ("--arch", args.arch.clone()),
-        ("--px", args.px.map(|px| px.to_string())),
-    ] {
+    for (option, value) in
+        [("--bucket", args.bucket.clone()), ("--arch", args.arch.clone()), ("--px", args.px.map(|px| px.to_string()))]
+    {
         if let Some(value) = value {
             command.args([option, &value]);
         }
@@ -166,7 +168,8 @@ fn comparison(results: &[Value]) -> String {
             share(&result["balanced"]["linear"]),
         ]
     });
-    let table = table::text(&["weights", "kNN-10", "kNN-20", "kNN-20 balanced", "linear", "linear balanced"], rows.collect());
+    let table =
+        table::text(&["weights", "kNN-10", "kNN-20", "kNN-20 balanced", "linear", "linear balanced"], rows.collect());
     let Some(first) = results.first() else { return table };
     let number = |key: &str| count(first[key].as_u64().unwrap_or(0));
     let classes = first["classes"].as_array().map_or(0, Vec::len);

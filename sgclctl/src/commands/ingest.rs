@@ -60,7 +60,8 @@ fn show(report: &IngestReport, dest: &Store, dry_run: bool, out: Out) -> Result<
                     "resumed": s.resumed })
             })
             .collect();
-        let skipped: Vec<_> = report.skipped.iter().map(|s| json!({ "source": s.source, "reason": s.reason })).collect();
+        let skipped: Vec<_> =
+            report.skipped.iter().map(|s| json!({ "source": s.source, "reason": s.reason })).collect();
         let patches = report.manifest.as_ref().map(|m| m.patches);
         return out.json_line(&json!({ "to": dest.url(), "patches": patches, "slides": slides, "skipped": skipped }));
     }

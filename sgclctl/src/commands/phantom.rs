@@ -18,7 +18,8 @@ pub(crate) async fn main(args: PhantomArgs, out: Out) -> Result<Exit> {
     let mut files = Vec::new();
     for slide in 0..args.slides {
         let (folder, name) = (args.out.clone(), format!("phantom-{slide:02}"));
-        let drawn = tokio::task::spawn_blocking(move || Phantom::draw(args.seed, slide, args.size)?.write(&folder, &name));
+        let drawn =
+            tokio::task::spawn_blocking(move || Phantom::draw(args.seed, slide, args.size)?.write(&folder, &name));
         files.push(drawn.await??);
         bar.inc(1);
     }

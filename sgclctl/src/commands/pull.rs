@@ -27,7 +27,11 @@ pub(crate) async fn main(args: PullArgs, out: Out) -> Result<Exit> {
     }
     let from = &pulled.manifest.from;
     let rows = pulled.manifest.files.iter().map(|file| {
-        [file.name.clone(), indicatif::HumanBytes(file.bytes).to_string(), format!("{}…", file.sha256.get(..16).unwrap_or(&file.sha256))]
+        [
+            file.name.clone(),
+            indicatif::HumanBytes(file.bytes).to_string(),
+            format!("{}…", file.sha256.get(..16).unwrap_or(&file.sha256)),
+        ]
     });
     out.data(format!(
         "{}\nweights of run {}, commit {}, {} epochs; checksums match\n{}",

@@ -22,7 +22,8 @@ use crate::progress::RunProgress;
 use crate::worker;
 
 pub(crate) async fn main(args: RunArgs, out: Out) -> Result<Exit> {
-    let name = RunName::new(args.name.clone().unwrap_or_else(|| Timestamp::now().strftime("run-%Y%m%d-%H%M%S").to_string()))?;
+    let name =
+        RunName::new(args.name.clone().unwrap_or_else(|| Timestamp::now().strftime("run-%Y%m%d-%H%M%S").to_string()))?;
     let bucket = Store::open(&args.bucket.bucket)?;
     let run = name.store(&bucket);
     let stored = Spec::find(&run).await?;
@@ -89,7 +90,9 @@ async fn wanted(args: &RunArgs, name: &RunName, stored: Option<&Spec>, out: Out)
 fn configuration(args: &RunArgs, stored: Option<&Spec>) -> Result<RunConfig> {
     match stored.filter(|_| args.resume && args.config.file.is_none()) {
         // JSON is YAML.
-        Some(stored) => Ok(RunConfig::from_yaml(&serde_json::to_string(&stored.config)?, "spec.json", &args.config.set)?),
+        Some(stored) => {
+            Ok(RunConfig::from_yaml(&serde_json::to_string(&stored.config)?, "spec.json", &args.config.set)?)
+        }
         None => Ok(RunConfig::load(args.config.file.as_deref(), &args.config.set)?),
     }
 }
@@ -180,7 +183,10 @@ async fn ended(outcome: &Outcome, spec: &Spec, bucket: &Store, resume: &str, out
             out.note(format!("finished; weights: {}", weights.as_deref().unwrap_or("none were exported")));
             out.note(format!("  sgclctl pull {name} weights --bucket {at}"));
             out.note(format!("  sgclctl report {name} --bucket {at} --out report.html"));
-            out.note(format!("  sgclctl eval --data {} --bucket {at} --weights {name} --weights random", quoted(&spec.data)));
+            out.note(format!(
+                "  sgclctl eval --data {} --bucket {at} --weights {name} --weights random",
+                quoted(&spec.data)
+            ));
             Ok(Exit::Done)
         }
         Outcome::Suspended { reason } => {

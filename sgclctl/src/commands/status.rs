@@ -53,7 +53,12 @@ fn text(status: &RunStatus, now: Timestamp) -> String {
     let trained = if status.phase == Phase::Finished { status.epochs } else { status.epoch };
     row(
         "progress",
-        format!("{}  ({trained} of {} epochs trained, {} steps)", percent(status.progress), status.epochs, count(status.step)),
+        format!(
+            "{}  ({trained} of {} epochs trained, {} steps)",
+            percent(status.progress),
+            status.epochs,
+            count(status.step)
+        ),
     );
     if let Some(eta) = status.eta_s {
         row("left", span(eta));
@@ -72,7 +77,10 @@ fn text(status: &RunStatus, now: Timestamp) -> String {
     row("commit", status.commit.map_or_else(|| "none yet".to_owned(), |seq| seq.to_string()));
     row("restarts", status.restarts.to_string());
     row("data", status.data.clone());
-    row("exports", if status.exports.is_empty() { "none yet".to_owned() } else { format!("commit {:?}", status.exports) });
+    row(
+        "exports",
+        if status.exports.is_empty() { "none yet".to_owned() } else { format!("commit {:?}", status.exports) },
+    );
     for (name, eval) in &status.evals {
         let share = |value: &serde_json::Value| value.as_f64().map_or_else(|| "–".to_owned(), percent);
         row("probe", format!("{name}: kNN-20 {}, linear {}", share(&eval["knn"]["20"]), share(&eval["linear"])));

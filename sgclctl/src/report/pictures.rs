@@ -10,7 +10,7 @@ use image::{DynamicImage, ImageFormat, RgbImage, RgbaImage, imageops::FilterType
 /// Longest side of a slide's picture, pixels.
 const SLIDE_PX: u32 = 560;
 /// Longest side of a patch's picture, pixels.
-const PATCH_PX: u32 = 112;
+const PATCH_PX: u32 = 160;
 const QUALITY: u8 = 82;
 
 /// A slide's picture from an encoded image; `None` where it cannot be read.

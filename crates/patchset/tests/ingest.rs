@@ -1,0 +1,164 @@
+//! Slides, images and tiles to a patch set.
+#![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use image::{Rgb, RgbImage};
+use sgcl_patchset::ingest::{IngestError, IngestOptions, IngestReport, Scale, ingest};
+use sgcl_patchset::{PatchSet, Store};
+
+/// White glass with a pink square from (64, 64) to (192, 192).
+fn slide(path: &Path) {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    RgbImage::from_fn(256, 256, |x, y| {
+        if (64..192).contains(&x) && (64..192).contains(&y) { Rgb([200, 90, 150]) } else { Rgb([245, 245, 245]) }
+    })
+    .save(path)
+    .unwrap();
+}
+
+fn tile(path: PathBuf, px: u32) {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    RgbImage::from_pixel(px, px, Rgb([180, 60, 140])).save(path).unwrap();
+}
+
+fn options() -> IngestOptions {
+    IngestOptions { patch_px: 32, scale: Scale::Level(0), ..IngestOptions::default() }
+}
+
+async fn run(sources: &[PathBuf], to: &Path, options: &IngestOptions) -> Result<IngestReport, IngestError> {
+    ingest(sources, &Store::open(to.to_str().unwrap()).unwrap(), options, Arc::new(|_| {})).await
+}
+
+#[tokio::test]
+async fn an_image_is_tiled_where_there_is_tissue_and_labelled_by_the_map_beside_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("in/a.png");
+    slide(&source);
+    // Left half of the tissue is class 1, right half class 0.
+    image::GrayImage::from_fn(16, 16, |x, _| image::Luma([if x < 8 { 1 } else { 0 }]))
+        .save(dir.path().join("in/a.labels.png"))
+        .unwrap();
+    std::fs::write(dir.path().join("in/a.labels.json"), r#"{"classes":["right","left"],"downsample":16}"#).unwrap();
+    let previews = dir.path().join("previews");
+    let options = IngestOptions { previews: Some(previews.clone()), ..options() };
+    let report = run(&[dir.path().join("in")], &dir.path().join("set"), &options).await.unwrap();
+
+    assert_eq!((report.slides[0].kept, report.slides[0].dropped, report.slides[0].labelled), (16, 48, 16));
+    let set = PatchSet::open(dir.path().join("set").to_str().unwrap()).await.unwrap();
+    let classes = &set.manifest().classes;
+    for id in 0..16 {
+        let row = set.index().row(id).unwrap();
+        assert!((2..6).contains(&row.x) && (2..6).contains(&row.y), "{row:?} is where the tissue is");
+        let class = &classes[usize::from(row.label.unwrap())];
+        assert_eq!(class, if row.x < 4 { "left" } else { "right" });
+    }
+    let preview = image::open(previews.join("a.jpg")).unwrap().into_rgb8();
+    assert_ne!(preview.get_pixel(64, 64), preview.get_pixel(70, 70), "a kept tile is outlined");
+}
+
+#[tokio::test]
+async fn a_drawn_slide_goes_through_openslide_at_half_its_resolution() {
+    let dir = tempfile::tempdir().unwrap();
+    let drawn = sgcl_phantom::Phantom::draw(3, 0, 1024).unwrap();
+    let slide = drawn.write(dir.path(), "drawn").unwrap();
+    let options = IngestOptions { patch_px: 64, scale: Scale::Mpp(1.0), ..IngestOptions::default() };
+    let report = run(&[slide], &dir.path().join("set"), &options).await.unwrap();
+    let manifest = report.manifest.unwrap();
+    assert_eq!((manifest.slides[0].grid, manifest.slides[0].mpp), ([8, 8], Some(1.0)));
+    assert!(report.slides[0].kept > 20 && report.slides[0].labelled > 0, "{:?}", report.slides[0]);
+}
+
+#[tokio::test]
+async fn tiles_of_the_folder_layout_keep_their_places_and_classes() {
+    let dir = tempfile::tempdir().unwrap();
+    for (class, x) in [("normal", 0), ("normal", 1), ("tumour", 2)] {
+        tile(dir.path().join(format!("in/{class}/s1/s1_{x}_5_0.png")), 32);
+    }
+    let report = run(&[dir.path().join("in")], &dir.path().join("set"), &options()).await.unwrap();
+    assert_eq!(report.manifest.unwrap().classes, ["normal", "tumour"]);
+    let set = PatchSet::open(dir.path().join("set").to_str().unwrap()).await.unwrap();
+    let rows: Vec<_> = (0..3).map(|id| set.index().row(id).unwrap()).map(|r| (r.x, r.y, r.label.unwrap())).collect();
+    assert_eq!(rows, [(0, 5, 0), (1, 5, 0), (2, 5, 1)]);
+}
+
+#[tokio::test]
+async fn pixel_coordinates_in_tile_names_are_refused_with_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    for x in 0..4 {
+        tile(dir.path().join(format!("in/c/s1/s1_{}_0_0.png", x * 256)), 32);
+    }
+    let error = run(&[dir.path().join("in")], &dir.path().join("set"), &options()).await.unwrap_err().to_string();
+    assert!(error.contains("s1") && error.contains("256"), "{error}");
+    assert!(!dir.path().join("set/patchset.json").exists());
+}
+
+#[tokio::test]
+async fn images_of_class_folders_become_mixed_groups_without_neighbours() {
+    let dir = tempfile::tempdir().unwrap();
+    for (class, number) in [("ADI", 0), ("ADI", 1), ("TUM", 0), ("TUM", 1)] {
+        tile(dir.path().join(format!("in/{class}/{class}-{number:04}.tif")), 32);
+    }
+    let report = run(&[dir.path().join("in")], &dir.path().join("set"), &options()).await.unwrap();
+    let manifest = report.manifest.unwrap();
+    assert_eq!((manifest.patches, manifest.slides.len()), (4, 1));
+    assert_eq!(manifest.classes, ["ADI", "TUM"]);
+    let set = PatchSet::open(dir.path().join("set").to_str().unwrap()).await.unwrap();
+    let mut xs = set.index().xs().to_vec();
+    xs.sort_unstable();
+    assert!(xs.windows(2).all(|pair| pair[1] - pair[0] >= 24), "{xs:?}");
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_is_named_and_the_set_holds_the_rest() {
+    let dir = tempfile::tempdir().unwrap();
+    slide(&dir.path().join("in/good.png"));
+    std::fs::write(dir.path().join("in/note.svs"), "not a slide").unwrap();
+    let whole = std::fs::read(dir.path().join("in/good.png")).unwrap();
+    std::fs::write(dir.path().join("in/torn.png"), &whole[..whole.len() / 2]).unwrap();
+    let report = run(&[dir.path().join("in")], &dir.path().join("set"), &options()).await.unwrap();
+    let skipped: Vec<_> = report.skipped.iter().map(|s| s.source.rsplit('/').next().unwrap()).collect();
+    assert_eq!(skipped, ["note.svs", "torn.png"]);
+    assert_eq!(report.manifest.unwrap().slides.len(), 1);
+
+    let error = run(&[dir.path().join("in/note.svs")], &dir.path().join("none"), &options()).await.unwrap_err();
+    assert!(matches!(error, IngestError::Nothing { .. }) && error.to_string().contains("note.svs"), "{error}");
+    assert!(!dir.path().join("none/patchset.json").exists());
+}
+
+#[tokio::test]
+async fn a_slide_without_resolution_says_which_options_help() {
+    let dir = tempfile::tempdir().unwrap();
+    slide(&dir.path().join("a.png"));
+    let wanted = IngestOptions { scale: Scale::Mpp(0.5), ..options() };
+    let error = run(&[dir.path().join("a.png")], &dir.path().join("set"), &wanted).await.unwrap_err().to_string();
+    assert!(error.contains("--level") && error.contains("--assume-mpp"), "{error}");
+    let known = IngestOptions { assume_mpp: Some(0.25), ..wanted };
+    let report = run(&[dir.path().join("a.png")], &dir.path().join("set"), &known).await.unwrap();
+    assert_eq!(report.manifest.unwrap().slides[0].mpp, Some(0.5));
+}
+
+#[tokio::test]
+async fn the_same_call_again_reads_nothing_and_another_setting_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    slide(&dir.path().join("a.png"));
+    let sources = [dir.path().join("a.png")];
+    let first = run(&sources, &dir.path().join("set"), &options()).await.unwrap();
+    let again = run(&sources, &dir.path().join("set"), &options()).await.unwrap();
+    assert!(again.slides[0].resumed && again.manifest == first.manifest);
+    let other = IngestOptions { quality: 50, ..options() };
+    let error = run(&sources, &dir.path().join("set"), &other).await.unwrap_err().to_string();
+    assert!(error.contains("quality"), "{error}");
+}
+
+#[tokio::test]
+async fn two_slides_of_one_name_are_refused_by_both_paths() {
+    let dir = tempfile::tempdir().unwrap();
+    for folder in ["x", "y"] {
+        slide(&dir.path().join(folder).join("a.png"));
+    }
+    let sources = [dir.path().join("x/a.png"), dir.path().join("y/a.png")];
+    let error = run(&sources, &dir.path().join("set"), &options()).await.unwrap_err().to_string();
+    assert!(error.contains("x/a.png") && error.contains("y/a.png"), "{error}");
+}

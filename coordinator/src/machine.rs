@@ -207,7 +207,11 @@ impl Machine {
             Event::Committed { generation, seq, step } if generation == self.generation => {
                 self.heard(now);
                 if let State::Training { members, .. } = &self.state {
-                    effects.extend(members.places.iter().map(|p| Effect::TellCommitted { place: p.clone(), seq, step }));
+                    effects.extend(members.places.iter().map(|p| Effect::TellCommitted {
+                        place: p.clone(),
+                        seq,
+                        step,
+                    }));
                 }
             }
             Event::CommitFailed { generation, reason } if generation == self.generation => {
@@ -294,9 +298,11 @@ impl Machine {
         }
         let host = members.places.first().and_then(|(node, _)| self.nodes.get(node)).map(|n| n.address.clone());
         let Some(host) = host else { return };
-        effects.extend(
-            members.places.iter().map(|p| Effect::Rendezvous { place: p.clone(), host: host.clone(), port }),
-        );
+        effects.extend(members.places.iter().map(|p| Effect::Rendezvous {
+            place: p.clone(),
+            host: host.clone(),
+            port,
+        }));
     }
 
     fn stop_requested(&mut self, now: Instant, effects: &mut Vec<Effect>) {
@@ -304,9 +310,8 @@ impl Machine {
         let again = self.stop.replace(reason.clone()).is_some();
         match &self.state {
             State::Training { members, .. } if !again => {
-                effects.extend(
-                    members.places.iter().map(|p| Effect::Stop { place: p.clone(), reason: reason.clone() }),
-                );
+                effects
+                    .extend(members.places.iter().map(|p| Effect::Stop { place: p.clone(), reason: reason.clone() }));
             }
             State::Gathering { .. } | State::Forming { .. } | State::Training { .. } => {
                 let outcome = Outcome::Suspended { reason };
@@ -328,7 +333,8 @@ impl Machine {
         } else if self.stop.is_some() {
             Then::End(Outcome::Suspended { reason: format!("stopping, then {reason}") })
         } else if self.restarts >= self.settings.max_restarts {
-            let message = format!("{reason}\nthe run has restarted {} times, max_restarts allows no more", self.restarts);
+            let message =
+                format!("{reason}\nthe run has restarted {} times, max_restarts allows no more", self.restarts);
             Then::End(Outcome::Failed { message, code: 1 })
         } else {
             self.restarts += 1;
@@ -340,7 +346,9 @@ impl Machine {
 
     fn drain(&mut self, now: Instant, then: Then, effects: &mut Vec<Effect>) {
         let members = match std::mem::replace(&mut self.state, State::Ended) {
-            State::Forming { members, .. } | State::Training { members, .. } | State::Draining { members, .. } => members,
+            State::Forming { members, .. } | State::Training { members, .. } | State::Draining { members, .. } => {
+                members
+            }
             _ => Members::default(),
         };
         let nodes: BTreeSet<&String> = members.running.iter().map(|(node, _)| node).collect();
@@ -369,7 +377,9 @@ impl Machine {
             }
             State::Forming { since, members } => {
                 if members.port.is_some() && members.joined.len() == members.places.len() {
-                    let State::Forming { members, .. } = std::mem::replace(&mut self.state, State::Ended) else { return };
+                    let State::Forming { members, .. } = std::mem::replace(&mut self.state, State::Ended) else {
+                        return;
+                    };
                     let world = members.places.len() as u32;
                     effects.push(Effect::Started { generation: self.generation, world });
                     self.state = State::Training { heard: now, members };
@@ -388,7 +398,9 @@ impl Machine {
                     } else {
                         Outcome::Finished
                     };
-                    let State::Training { members, .. } = std::mem::replace(&mut self.state, State::Ended) else { return };
+                    let State::Training { members, .. } = std::mem::replace(&mut self.state, State::Ended) else {
+                        return;
+                    };
                     // They leave by themselves.
                     self.state = State::Draining { members, then: Then::End(outcome), since: now };
                     self.advance(now, effects);
@@ -413,7 +425,8 @@ impl Machine {
                             Outcome::Suspended { reason } => reason.clone(),
                             Outcome::Failed { message, .. } => message.clone(),
                         };
-                        let leave = |node: &String| Effect::Leave { node: node.clone(), reason: reason.clone(), code: 0 };
+                        let leave =
+                            |node: &String| Effect::Leave { node: node.clone(), reason: reason.clone(), code: 0 };
                         effects.extend(self.nodes.keys().map(leave));
                         effects.push(Effect::End(outcome));
                         self.state = State::Ended;

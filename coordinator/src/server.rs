@@ -5,10 +5,12 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use sgcl_proto::v1::coordinator_server::{Coordinator as Service, CoordinatorServer};
-use sgcl_proto::v1::{self, NodeEvent, NodeOrder, RankEvent, RankOrder, node_event, node_order, rank_event, rank_order};
-use sgcl_proto::MAX_MESSAGE_BYTES;
 use sgcl_patchset::Store;
+use sgcl_proto::MAX_MESSAGE_BYTES;
+use sgcl_proto::v1::coordinator_server::{Coordinator as Service, CoordinatorServer};
+use sgcl_proto::v1::{
+    self, NodeEvent, NodeOrder, RankEvent, RankOrder, node_event, node_order, rank_event, rank_order,
+};
 use sgcl_runstore::commit::Progress;
 use sgcl_runstore::status::{EventKind, Events};
 use sgcl_runstore::{Commit, Commits, PartKind, PartRef, RunStoreError, Spec};
@@ -314,7 +316,8 @@ impl<L: Launcher> Desk<'_, L> {
 /// One record of what all ranks wrote.
 fn assemble(written: Vec<v1::PartsWritten>) -> Result<Progress> {
     let head = written.iter().find(|parts| !parts.progress_json.is_empty()).context("rank 0 sent no position")?;
-    let mut progress: Progress = serde_json::from_str(&head.progress_json).context("rank 0's position is not readable")?;
+    let mut progress: Progress =
+        serde_json::from_str(&head.progress_json).context("rank 0's position is not readable")?;
     for part in written.iter().flat_map(|parts| &parts.parts) {
         let kind: PartKind = serde_json::from_value(part.kind.clone().into()).context("a part of unknown kind")?;
         progress.parts.push(PartRef { kind, path: part.path.clone(), bytes: part.bytes, crc32c: part.crc32c });

@@ -41,7 +41,8 @@ impl Programs {
     /// When they are not built.
     pub fn find() -> Result<Self> {
         let test = std::env::current_exe()?;
-        let folder = test.parent().and_then(Path::parent).context("the test runs outside a target folder")?.to_path_buf();
+        let folder =
+            test.parent().and_then(Path::parent).context("the test runs outside a target folder")?.to_path_buf();
         for name in ["sgclctl", "sgcl-worker"] {
             ensure!(
                 folder.join(name).is_file(),

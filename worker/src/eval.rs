@@ -75,9 +75,14 @@ struct Task {
 ///
 /// # Errors
 /// Whatever cannot be read, named; a set without labels or with too few slides; weights of which no key matched.
-pub(crate) fn main(runtime: &tokio::runtime::Handle, args: &EvalArgs, mut emit: impl FnMut(serde_json::Value)) -> Result<()> {
+pub(crate) fn main(
+    runtime: &tokio::runtime::Handle,
+    args: &EvalArgs,
+    mut emit: impl FnMut(serde_json::Value),
+) -> Result<()> {
     let encoders = runtime.block_on(resolve(args))?;
-    let spec = encoders.iter().find_map(|e| if let Source::Run(_, spec) = &e.source { Some(spec.as_ref()) } else { None });
+    let spec =
+        encoders.iter().find_map(|e| if let Source::Run(_, spec) = &e.source { Some(spec.as_ref()) } else { None });
     let arch = match (args.arch, spec) {
         (Some(arch), _) => arch,
         (None, Some(spec)) => spec.config.backbone.arch.name().parse()?,
@@ -91,7 +96,9 @@ pub(crate) fn main(runtime: &tokio::runtime::Handle, args: &EvalArgs, mut emit: 
     for encoder in &encoders {
         let backbone = runtime.block_on(load(encoder, arch, args))?;
         let features = extract(&backbone, &reader, &task.ids, px, |done| {
-            emit(json!({"progress": {"done": done, "total": task.ids.len(), "what": format!("features of {}", encoder.name)}}));
+            emit(
+                json!({"progress": {"done": done, "total": task.ids.len(), "what": format!("features of {}", encoder.name)}}),
+            );
         })?;
         emit(json!({"result": task.probe(&encoder.name, arch, px, &features)?}));
     }
@@ -208,11 +215,14 @@ fn extract(
     let mut done = 0;
     for batch in ids.chunks(BATCH) {
         let mut views = vec![0_f32; batch.len() * values];
-        views.par_chunks_mut(values).zip(batch).try_for_each_init(Renderer::new, |renderer, (view, &id)| -> Result<()> {
-            let image = reader.decode_blocking(id)?;
-            renderer.eval_view(&RgbImage::new(image.width, image.height, image.pixels)?, px, view);
-            Ok(())
-        })?;
+        views.par_chunks_mut(values).zip(batch).try_for_each_init(
+            Renderer::new,
+            |renderer, (view, &id)| -> Result<()> {
+                let image = reader.decode_blocking(id)?;
+                renderer.eval_view(&RgbImage::new(image.width, image.height, image.pixels)?, px, view);
+                Ok(())
+            },
+        )?;
         let input = Tensor::from_slice(&views).view([-1, 3, side, side]).to_device(Device::cuda_if_available());
         features.push(tch::no_grad(|| backbone.features(&input, false)).to_device(Device::Cpu).to_kind(Kind::Float));
         done += batch.len();

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail};
+use sgcl_proto::MAX_MESSAGE_BYTES;
 use sgcl_proto::v1::coordinator_client::CoordinatorClient;
 use sgcl_proto::v1::{self, RankEvent, rank_event, rank_order};
-use sgcl_proto::MAX_MESSAGE_BYTES;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -35,7 +35,8 @@ impl Session {
             let client = CoordinatorClient::connect(coordinator.to_owned())
                 .await
                 .with_context(|| format!("cannot reach the coordinator at {coordinator}"))?;
-            let mut client = client.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES);
+            let mut client =
+                client.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES);
             let stream = client.rank(UnboundedReceiverStream::new(out)).await.context("the coordinator refused")?;
             anyhow::Ok(stream.into_inner())
         })?;

@@ -220,7 +220,9 @@ pub(crate) enum SlideError {
 impl From<WriteError> for SlideError {
     fn from(error: WriteError) -> Self {
         match error {
-            WriteError::Lattice { .. } | WriteError::NoPatches { .. } | WriteError::Patch { .. } => Self::Skip(error.to_string()),
+            WriteError::Lattice { .. } | WriteError::NoPatches { .. } | WriteError::Patch { .. } => {
+                Self::Skip(error.to_string())
+            }
             other => Self::Fatal(other.into()),
         }
     }

@@ -37,7 +37,11 @@ pub fn hardness(seed: u64, slides: u64, side: u32, patch_px: u32) -> Result<Hard
         for y in (0..side.saturating_sub(patch_px - 1)).step_by(patch_px as usize) {
             for x in (0..side.saturating_sub(patch_px - 1)).step_by(patch_px as usize) {
                 if let Some(class) = label(&phantom, x, y, patch_px) {
-                    patches.push(Patch { slide: slide as usize, class, histogram: histogram(&phantom, x, y, patch_px) });
+                    patches.push(Patch {
+                        slide: slide as usize,
+                        class,
+                        histogram: histogram(&phantom, x, y, patch_px),
+                    });
                 }
             }
         }

@@ -15,9 +15,9 @@ mod tissue;
 
 use std::path::{Path, PathBuf};
 
+use rand::Rng as _;
 use rayon::prelude::*;
 use sgcl_draw::{Purpose, rng};
-use rand::Rng as _;
 
 use layout::Layout;
 use stain::Stain;

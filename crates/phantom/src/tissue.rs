@@ -38,14 +38,14 @@ const THINGS: [Things; 7] = [
 impl Tile {
     /// Draws the tile whose top left pixel is (left, top).
     pub(crate) fn draw(layout: &Layout, seed: u64, left: i64, top: i64, side: usize) -> Self {
-        let mut tile =
-            Tile { left, top, side, haematoxylin: vec![0.0; side * side], eosin: vec![0.0; side * side] };
+        let mut tile = Tile { left, top, side, haematoxylin: vec![0.0; side * side], eosin: vec![0.0; side * side] };
         tile.ground(layout, seed);
         for (number, things) in THINGS.iter().enumerate() {
             let margin = things.reach;
             let lattice = |from: f32| (from / things.pitch).floor() as i64;
             let (x0, y0) = (lattice(left as f32 - margin), lattice(top as f32 - margin));
-            let (x1, y1) = (lattice((left + side as i64) as f32 + margin), lattice((top + side as i64) as f32 + margin));
+            let (x1, y1) =
+                (lattice((left + side as i64) as f32 + margin), lattice((top + side as i64) as f32 + margin));
             for y in y0..=y1 {
                 for x in x0..=x1 {
                     let mut draws = Uniforms::at(seed ^ number as u64, x, y);

@@ -71,9 +71,19 @@ fn texture(slide: u64, x: i32, y: i32, grain: usize) -> Vec<u8> {
 /// A configuration that trains in seconds.
 pub fn config(overrides: &[&str]) -> RunConfig {
     let base = [
-        "epochs=2", "views.global_px=32", "views.local_px=32", "batch.per_rank=8", "objective.negatives=64",
-        "objective.hard=16", "objective.nearest=16", "kmeans.clusters=4", "kmeans.iterations=5", "device=cpu",
-        "startup_timeout_s=60", "step_timeout_s=60", "max_restarts=0",
+        "epochs=2",
+        "views.global_px=32",
+        "views.local_px=32",
+        "batch.per_rank=8",
+        "objective.negatives=64",
+        "objective.hard=16",
+        "objective.nearest=16",
+        "kmeans.clusters=4",
+        "kmeans.iterations=5",
+        "device=cpu",
+        "startup_timeout_s=60",
+        "step_timeout_s=60",
+        "max_restarts=0",
     ];
     let sets: Vec<String> = base.iter().chain(overrides).map(|s| (*s).to_owned()).collect();
     RunConfig::load(None, &sets).unwrap()

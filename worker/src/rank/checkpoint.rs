@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use sgcl::bank::{BankRows, rows_of_shard, SHARDS};
+use sgcl::bank::{BankRows, SHARDS, rows_of_shard};
 use sgcl::objective::joint_labels;
 use sgcl_patchset::{Store, Subset};
 use sgcl_runstore::checkpoint::read_tensors;
@@ -19,7 +19,12 @@ const BANKS: [&str; 6] = ["global", "backbone", "tl", "tr", "bl", "br"];
 impl Learner {
     /// Copies what `rank` of `world` writes into host memory. Bank rows are stored under their patch ids: another world, or a run
     /// on more slides, can tell them apart.
-    pub(crate) fn snapshot(&self, rank: usize, world: usize, subset: &Subset) -> Result<Vec<(PartKind, String, Vec<Stored>)>> {
+    pub(crate) fn snapshot(
+        &self,
+        rank: usize,
+        world: usize,
+        subset: &Subset,
+    ) -> Result<Vec<(PartKind, String, Vec<Stored>)>> {
         let mut parts = Vec::new();
         let all = |tensors: Vec<(String, Tensor)>| {
             tensors.into_iter().map(|(name, tensor)| to_stored(name, &tensor)).collect::<Result<Vec<_>>>()
@@ -63,7 +68,10 @@ impl Learner {
         for part in commit.parts(PartKind::Bank) {
             let mut tensors: BTreeMap<String, Tensor> = read(run, part).await?.into_iter().collect();
             let mut take = |name: &str| {
-                tensors.remove(name).map(|t| t.to_device(self.device)).with_context(|| format!("{}: no tensor {name}", part.path))
+                tensors
+                    .remove(name)
+                    .map(|t| t.to_device(self.device))
+                    .with_context(|| format!("{}: no tensor {name}", part.path))
             };
             let ids: Vec<i64> = Vec::try_from(take("ids")?.to_device(tch::Device::Cpu))?;
             let rows: Vec<i64> = ids

@@ -107,7 +107,9 @@ fn device(config: &RunConfig, local_rank: u32) -> Result<Device> {
         config::Device::Cpu => Ok(Device::Cpu),
         config::Device::Auto if gpus == 0 => Ok(Device::Cpu),
         _ if i64::from(local_rank) < gpus => Ok(gpu),
-        _ => bail!("local rank {local_rank} wants a GPU and this node has {gpus}; use fewer ranks a node, or device: cpu"),
+        _ => bail!(
+            "local rank {local_rank} wants a GPU and this node has {gpus}; use fewer ranks a node, or device: cpu"
+        ),
     }
 }
 
@@ -182,7 +184,8 @@ fn learner(
     let column = |values: &[i32]| rows.iter().map(|&id| values[id as usize]).collect::<Vec<_>>();
     let slides: Vec<u32> = rows.iter().map(|&id| index.slides()[id as usize]).collect();
     let lattice = Lattice::new(&slides, &column(index.xs()), &column(index.ys()))?;
-    let hard_ranks = HardRanks::new(usize::try_from(params.top(n))?, usize::try_from(params.hard)?, config.objective.hard_beta);
+    let hard_ranks =
+        HardRanks::new(usize::try_from(params.top(n))?, usize::try_from(params.hard)?, config.objective.hard_beta);
     let labels = Tensor::zeros([i64::try_from(config.kmeans.runs)?, n], (Kind::Int64, device));
     let clusters = Tensor::zeros([n], (Kind::Int64, device));
     Ok(Learner { model, sgd, banks, labels, clusters, lattice, params, hard_ranks, seed: config.seed, device, reducer })

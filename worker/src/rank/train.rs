@@ -210,7 +210,9 @@ impl Trainer {
     fn rows(&self, plan: &EpochPlan) -> Result<Vec<Vec<i64>>> {
         (0..plan.lanes())
             .map(|lane| {
-                let row = |&id| self.subset.row_of(id).map(i64::from).context("the plan names a patch that is not trained on");
+                let row = |&id| {
+                    self.subset.row_of(id).map(i64::from).context("the plan names a patch that is not trained on")
+                };
                 plan.batch_of(lane, self.position.cursor).iter().map(row).collect()
             })
             .collect()

@@ -142,7 +142,9 @@ fn place(tile: &Path, slide: &str) -> Result<(i32, i32), IngestError> {
         let _level: u32 = numbers.next()?.parse().ok()?;
         numbers.next().is_none().then_some(place)
     };
-    parse().ok_or_else(|| bad(tile, &format!("a tile of {slide} is named {slide}_<x>_<y>_<level>, x and y counting tiles")))
+    parse().ok_or_else(|| {
+        bad(tile, &format!("a tile of {slide} is named {slide}_<x>_<y>_<level>, x and y counting tiles"))
+    })
 }
 
 fn list(folder: &Path) -> Result<Vec<PathBuf>, IngestError> {

@@ -26,7 +26,8 @@ impl Rgb {
         if (self.width, self.height) == (width, height) {
             return Ok(self);
         }
-        let odd = |e: &dyn std::fmt::Display| SlideError::Skip(format!("cannot resize {}×{}: {e}", self.width, self.height));
+        let odd =
+            |e: &dyn std::fmt::Display| SlideError::Skip(format!("cannot resize {}×{}: {e}", self.width, self.height));
         let source = ImageRef::new(self.width, self.height, &self.pixels, PixelType::U8x3).map_err(|e| odd(&e))?;
         let mut target = Image::new(width, height, PixelType::U8x3);
         Resizer::new().resize(&source, &mut target, None).map_err(|e| odd(&e))?;
@@ -63,7 +64,8 @@ impl Pixels {
         let skip = |e: &dyn std::fmt::Display| {
             SlideError::Skip(format!("neither a slide that OpenSlide opens nor a PNG, JPEG, TIFF or BMP image: {e}"))
         };
-        let mut reader = image::ImageReader::open(path).map_err(|e| skip(&e))?.with_guessed_format().map_err(|e| skip(&e))?;
+        let mut reader =
+            image::ImageReader::open(path).map_err(|e| skip(&e))?.with_guessed_format().map_err(|e| skip(&e))?;
         let mut limits = image::Limits::default();
         limits.max_image_width = Some(MAX_IMAGE_SIDE);
         limits.max_image_height = Some(MAX_IMAGE_SIDE);
@@ -115,14 +117,20 @@ impl Pixels {
             #[cfg(feature = "openslide")]
             Self::Slide(slide) => {
                 use openslide_rs::{Address, Region, Size};
-                let failed = |e: openslide_rs::errors::OpenSlideError| SlideError::Skip(format!("cannot read at {x}, {y}: {e}"));
+                let failed =
+                    |e: openslide_rs::errors::OpenSlideError| SlideError::Skip(format!("cannot read at {x}, {y}: {e}"));
                 let downsample = slide.level_downsample(level).map_err(failed)?;
                 // OpenSlide wants the corner in pixels of level 0.
                 let corner = |v: u32| (f64::from(v) * downsample).round() as u32;
-                let region = Region { size: Size { w: width, h: height }, level, address: Address { x: corner(x), y: corner(y) } };
+                let region = Region {
+                    size: Size { w: width, h: height },
+                    level,
+                    address: Address { x: corner(x), y: corner(y) },
+                };
                 let argb = slide.read_region(&region).map_err(failed)?;
                 // Premultiplied: what is missing to full opacity is white light.
-                let pixels = argb.chunks_exact(4).flat_map(|p| [2, 1, 0].map(|c| p[c].saturating_add(255 - p[3]))).collect();
+                let pixels =
+                    argb.chunks_exact(4).flat_map(|p| [2, 1, 0].map(|c| p[c].saturating_add(255 - p[3]))).collect();
                 Ok(Rgb { width, height, pixels })
             }
             Self::Image(image) => {

@@ -62,8 +62,9 @@ impl Overview {
         let x1 = cell(x + side, self.picture.width).max(x0 + 1);
         let y1 = cell(y + side, self.picture.height).max(y0 + 1);
         let row = |y: u32| (y * self.picture.width) as usize;
-        let found: usize =
-            (y0..y1).map(|y| self.tissue[row(y) + x0 as usize..row(y) + x1 as usize].iter().filter(|&&t| t).count()).sum();
+        let found: usize = (y0..y1)
+            .map(|y| self.tissue[row(y) + x0 as usize..row(y) + x1 as usize].iter().filter(|&&t| t).count())
+            .sum();
         found as f64 / f64::from((x1 - x0) * (y1 - y0))
     }
 }

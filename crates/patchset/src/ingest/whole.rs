@@ -49,7 +49,9 @@ pub(crate) fn plan(path: &Path, name: &str, fingerprint: String, options: &Inges
     let (level, downsample) = match options.scale {
         Scale::Level(level) => match levels.get(level as usize) {
             Some(&(_, _, downsample)) => (level, downsample),
-            None => return Err(SlideError::Skip(format!("it has {} level(s), --level {level} is not one", levels.len()))),
+            None => {
+                return Err(SlideError::Skip(format!("it has {} level(s), --level {level} is not one", levels.len())));
+            }
         },
         Scale::Mpp(wanted) => {
             let Some(mpp) = mpp else {
@@ -73,10 +75,14 @@ pub(crate) fn plan(path: &Path, name: &str, fingerprint: String, options: &Inges
     let (width, height) = (side(w0), side(h0));
     let tiles = |px: u64| px / u64::from(options.patch_px);
     if tiles(width) == 0 || tiles(height) == 0 {
-        return Err(SlideError::Skip(format!("at this magnification it is {width}×{height} px, smaller than one patch")));
+        return Err(SlideError::Skip(format!(
+            "at this magnification it is {width}×{height} px, smaller than one patch"
+        )));
     }
     if tiles(width) * tiles(height) > MAX_TILES {
-        return Err(SlideError::Skip(format!("it has more than {MAX_TILES} tiles; choose larger patches or a coarser level")));
+        return Err(SlideError::Skip(format!(
+            "it has more than {MAX_TILES} tiles; choose larger patches or a coarser level"
+        )));
     }
     let info = SlideInfo {
         name: name.to_owned(),
@@ -122,8 +128,10 @@ impl Grid {
         let [columns, rows] = info.grid;
         let all: Vec<(u32, u32)> = (0..rows).flat_map(|y| (0..columns).map(move |x| (x, y))).collect();
         let corner = |n: u32| f64::from(n) * side;
-        let flags: Vec<bool> =
-            all.par_iter().map(|&(x, y)| self.overview.share(corner(x), corner(y), side) >= options.tissue_min).collect();
+        let flags: Vec<bool> = all
+            .par_iter()
+            .map(|&(x, y)| self.overview.share(corner(x), corner(y), side) >= options.tissue_min)
+            .collect();
         let kept: Vec<(u32, u32)> = all.iter().zip(&flags).filter(|(_, kept)| **kept).map(|(&at, _)| at).collect();
         if kept.is_empty() {
             return Err(SlideError::Skip(format!(
@@ -147,7 +155,8 @@ impl Grid {
                 })
                 .collect::<Result<Vec<_>, SlideError>>()?;
             for (&(x, y), jpeg) in chunk.iter().zip(&jpegs) {
-                let class = self.labels.as_ref().and_then(|map| map.class(corner(x), corner(y), side, options.label_min));
+                let class =
+                    self.labels.as_ref().and_then(|map| map.class(corner(x), corner(y), side, options.label_min));
                 labelled += u64::from(class.is_some());
                 if let Some(slide) = &mut slide {
                     slide.push(x as i32, y as i32, class, jpeg)?;

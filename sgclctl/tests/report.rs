@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
 use serde_json::Value;
+use sgcl_patchset::Store;
 use support::browser::Browser;
 use support::store::{CLASSES, finished_run};
 
@@ -17,7 +18,8 @@ fn sgclctl(folder: &Path, arguments: &[&str]) -> (i32, String, String) {
 }
 
 fn run_in(folder: &Path) {
-    tokio::runtime::Runtime::new().unwrap().block_on(finished_run(folder));
+    let open = |name: &str| Store::open(folder.join(name).to_str().unwrap()).unwrap();
+    tokio::runtime::Runtime::new().unwrap().block_on(finished_run(open));
 }
 
 fn report(folder: &Path) -> PathBuf {

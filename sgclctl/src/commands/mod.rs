@@ -12,7 +12,7 @@ pub(crate) mod status;
 
 use anyhow::Result;
 use sgcl_patchset::Store;
-use sgcl_runstore::{RunName, Spec};
+use sgcl_runstore::{RunName, Spec, list_runs};
 
 use crate::cli::{Cli, Command};
 use crate::error::Failure;
@@ -61,10 +61,16 @@ async fn existing(bucket: &str, run: &str) -> Result<(Store, Spec)> {
     let name = RunName::new(run)?;
     let bucket = Store::open(bucket)?;
     let store = name.store(&bucket);
-    match Spec::find(&store).await? {
-        Some(spec) => Ok((store, spec)),
-        None => Err(Failure::new(Exit::Data, format!("there is no run {run} in {bucket}"))
-            .hint(format!("`sgclctl list --bucket {bucket}` names those there are"))
-            .into()),
+    if let Some(spec) = Spec::find(&store).await? {
+        return Ok((store, spec));
     }
+    // Lists the bucket: one that does not exist says so here.
+    let runs = list_runs(&bucket).await?;
+    let known = runs.iter().map(RunName::as_str);
+    let hint = match sgcl_runstore::config::nearest(run, known) {
+        Some(near) => format!("did you mean {near:?}? `sgclctl list --bucket {bucket}` names all"),
+        None if runs.is_empty() => "the bucket holds no run at all; check --bucket".to_owned(),
+        None => format!("`sgclctl list --bucket {bucket}` names those there are"),
+    };
+    Err(Failure::new(Exit::Data, format!("there is no run {run} in {bucket}")).hint(hint).into())
 }

@@ -40,7 +40,8 @@ pub(crate) async fn main(args: RunArgs, out: Out) -> Result<Exit> {
                 .hint(format!("`sgclctl list --bucket {bucket}` names those there are"))
                 .into());
         }
-        None => {}
+        // Nothing is there, and a bucket that does not exist says so before anything is started.
+        None => drop(run.list("commits").await?),
     }
     let program = worker::find()?;
     if args.dry_run {

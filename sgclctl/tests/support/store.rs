@@ -1,7 +1,6 @@
 //! A patch set and a finished run in folders, written through the libraries, nothing trained.
 
 use std::io::Cursor;
-use std::path::Path;
 
 use jiff::{SignedDuration, Timestamp};
 use serde_json::json;
@@ -104,9 +103,8 @@ fn i64s(name: &str, shape: Vec<usize>, values: &[i64]) -> Tensor {
     Tensor { name: name.into(), dtype: Dtype::I64, shape, data: data.into() }
 }
 
-/// A run named `first` below `folder/bucket`, trained on `folder/patches`.
-pub async fn finished_run(folder: &Path) {
-    let open = |name: &str| Store::open(folder.join(name).to_str().unwrap()).unwrap();
+/// A run named `first` in the store `bucket`, trained on the patch set in the store `patches`.
+pub async fn finished_run(open: impl Fn(&str) -> Store) {
     let set = patch_set(open("patches")).await;
     let words = [
         "epochs=8",

@@ -82,10 +82,8 @@ struct Confusion {
 
 struct Share {
     text: String,
-    /// Strength of its ground, in percent.
+    /// Strength of its ground, in percent; at most 55, so that the page's ink stays readable on it.
     strength: String,
-    /// Whether the ground is too strong for dark ink.
-    strong: bool,
 }
 
 struct EventRow {
@@ -349,8 +347,7 @@ fn confusion(facts: &Facts) -> Option<Confusion> {
         row.into_iter()
             .map(|n| Share {
                 text: if n > 0.0 { format!("{:.0}", 100.0 * share(n)) } else { String::new() },
-                strength: format!("{:.0}", 85.0 * share(n)),
-                strong: share(n) > 0.5,
+                strength: format!("{:.0}", 55.0 * share(n)),
             })
             .collect()
     };

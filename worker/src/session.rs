@@ -47,7 +47,8 @@ impl Session {
                     Some(rank_order::Order::Stop(_)) => stop.store(true, Ordering::Relaxed),
                     Some(order) => {
                         // Nobody waits for orders any more: the rank is at its end.
-                        if inbox.send(order).is_err() {
+                        let heard = inbox.send(order).is_ok();
+                        if !heard {
                             return;
                         }
                     }

@@ -453,3 +453,179 @@ impl Machine {
         self.state = State::Forming { since: now, members };
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    struct Run {
+        machine: Machine,
+        now: Instant,
+        log: Vec<Effect>,
+    }
+
+    impl Run {
+        fn new(nodes: u32, ranks: u32, max_restarts: u32) -> Self {
+            let now = Instant::now();
+            let settings = Settings {
+                nodes,
+                min_nodes: nodes,
+                ranks_per_node: ranks,
+                max_restarts,
+                startup_timeout: Duration::from_secs(60),
+                step_timeout: Duration::from_secs(30),
+            };
+            let (machine, log) = Machine::start(settings, 0, now);
+            Run { machine, now, log }
+        }
+
+        fn on(&mut self, event: Event) -> Vec<Effect> {
+            let effects = self.machine.handle(self.now, event);
+            self.log.extend(effects.iter().cloned());
+            effects
+        }
+
+        fn wait(&mut self, seconds: u64) -> Vec<Effect> {
+            self.now += Duration::from_secs(seconds);
+            self.on(Event::Tick)
+        }
+
+        /// Joins nodes and ranks until the generation trains.
+        fn train(&mut self, nodes: &[&str], ranks: u32) {
+            for node in nodes {
+                self.on(Event::NodeJoined { node: (*node).into(), address: format!("at-{node}") });
+            }
+            let generation = self.machine.generation();
+            for node in nodes {
+                for local_rank in 0..ranks {
+                    self.on(Event::RankJoined { node: (*node).into(), generation, local_rank });
+                }
+            }
+            self.on(Event::StoreListening { generation, port: 7 });
+        }
+
+        fn exit(&mut self, node: &str, local_rank: u32, code: i32) -> Vec<Effect> {
+            let generation = self.machine.generation();
+            self.on(Event::RankExited { node: node.into(), generation, local_rank, code, last_words: "words".into() })
+        }
+    }
+
+    fn outcome(effects: &[Effect]) -> Option<&Outcome> {
+        effects.iter().find_map(|effect| if let Effect::End(outcome) = effect { Some(outcome) } else { None })
+    }
+
+    #[test]
+    fn ranks_are_dealt_node_by_node_and_meet_at_rank_0s_store() {
+        let mut run = Run::new(2, 2, 0);
+        run.train(&["a", "b"], 2);
+        let ranks: Vec<_> = run
+            .log
+            .iter()
+            .filter_map(|e| {
+                if let Effect::Assign { place, rank, world, .. } = e {
+                    Some((place.clone(), *rank, *world))
+                } else {
+                    None
+                }
+            })
+            .collect();
+        let place = |node: &str, local| (node.to_owned(), local);
+        assert_eq!(ranks, [(place("a", 0), 0, 4), (place("a", 1), 1, 4), (place("b", 0), 2, 4), (place("b", 1), 3, 4)]);
+        let hosts: Vec<_> = run
+            .log
+            .iter()
+            .filter_map(
+                |e| if let Effect::Rendezvous { host, port, .. } = e { Some((host.as_str(), *port)) } else { None },
+            )
+            .collect();
+        assert_eq!(hosts, [("at-a", 7); 4]);
+        assert!(run.log.contains(&Effect::Started { generation: 1, world: 4 }));
+    }
+
+    #[test]
+    fn a_commit_is_made_once_all_ranks_have_written_and_told_to_all() {
+        let mut run = Run::new(1, 2, 0);
+        run.train(&["a"], 2);
+        assert_eq!(run.on(Event::PartsWritten { generation: 1, rank: 0, step: 5 }), []);
+        assert_eq!(
+            run.on(Event::PartsWritten { generation: 1, rank: 0, step: 5 }),
+            [],
+            "a repeated report counts once"
+        );
+        let effects = run.on(Event::PartsWritten { generation: 1, rank: 1, step: 5 });
+        assert_eq!(effects, [Effect::WriteCommit { generation: 1, step: 5 }]);
+        let told = run.on(Event::Committed { generation: 1, seq: 9, step: 5 });
+        assert_eq!(told.iter().filter(|e| matches!(e, Effect::TellCommitted { seq: 9, .. })).count(), 2);
+    }
+
+    #[test]
+    fn a_lost_rank_ends_the_generation_and_the_next_one_waits_for_the_others_to_be_gone() {
+        let mut run = Run::new(1, 2, 1);
+        run.train(&["a"], 2);
+        let effects = run.exit("a", 0, 139);
+        assert!(
+            effects.iter().any(|e| matches!(e, Effect::Restarted { reason } if reason.contains("139"))),
+            "{effects:?}"
+        );
+        assert!(effects.contains(&Effect::StopRanks { node: "a".into(), generation: 1 }));
+        assert!(!effects.iter().any(|e| matches!(e, Effect::StartRanks { .. })), "rank 1 still lives");
+        let effects = run.exit("a", 1, 143);
+        assert_eq!(effects, [Effect::StartRanks { node: "a".into(), generation: 2, count: 2 }]);
+        assert_eq!(
+            run.on(Event::PartsWritten { generation: 1, rank: 1, step: 5 }),
+            [],
+            "an old generation commits nothing"
+        );
+    }
+
+    #[test]
+    fn the_restart_budget_ends_and_the_users_mistakes_are_not_tried_again() {
+        let mut run = Run::new(1, 1, 0);
+        run.train(&["a"], 1);
+        let effects = run.exit("a", 0, 1);
+        assert!(matches!(outcome(&effects), Some(Outcome::Failed { code: 1, .. })), "{effects:?}");
+
+        let mut run = Run::new(1, 1, 9);
+        run.train(&["a"], 1);
+        run.on(Event::RankFailed { generation: 1, rank: 0, message: "no such key".into(), code: 78 });
+        let effects = run.exit("a", 0, 78);
+        assert!(
+            matches!(outcome(&effects), Some(Outcome::Failed { code: 78, message }) if message.contains("no such key"))
+        );
+    }
+
+    #[test]
+    fn a_stop_asks_every_rank_and_the_run_is_suspended_when_they_have_committed_and_gone() {
+        let mut run = Run::new(1, 2, 0);
+        run.train(&["a"], 2);
+        let effects = run.on(Event::StopRequested);
+        assert_eq!(effects.iter().filter(|e| matches!(e, Effect::Stop { .. })).count(), 2);
+        run.on(Event::RankFinished { generation: 1, rank: 0, stopped: true });
+        run.on(Event::RankFinished { generation: 1, rank: 1, stopped: true });
+        run.exit("a", 0, 0);
+        let effects = run.exit("a", 1, 0);
+        assert!(matches!(outcome(&effects), Some(Outcome::Suspended { .. })), "{effects:?}");
+        assert!(effects.iter().any(|e| matches!(e, Effect::Leave { .. })));
+    }
+
+    #[test]
+    fn silence_beyond_the_step_timeout_is_a_failure_and_a_sign_of_life_is_not() {
+        let mut run = Run::new(1, 1, 1);
+        run.train(&["a"], 1);
+        run.wait(29);
+        run.on(Event::Progress { generation: 1 });
+        assert_eq!(run.wait(29), []);
+        assert!(run.wait(2).iter().any(|e| matches!(e, Effect::Restarted { .. })));
+    }
+
+    #[test]
+    fn nodes_that_do_not_come_fail_the_run_with_the_count() {
+        let mut run = Run::new(2, 1, 0);
+        run.on(Event::NodeJoined { node: "a".into(), address: "at-a".into() });
+        let effects = run.wait(61);
+        assert!(
+            matches!(outcome(&effects), Some(Outcome::Failed { message, .. }) if message.contains("1 of at least 2"))
+        );
+    }
+}

@@ -134,6 +134,7 @@ impl Pixels {
                 Ok(Rgb { width, height, pixels })
             }
             Self::Image(image) => {
+                debug_assert_eq!(level, 0, "an image has one level");
                 let mut pixels = vec![255; 3 * width as usize * height as usize];
                 let wide = width.min(image.width.saturating_sub(x)) as usize;
                 for row in 0..height.min(image.height.saturating_sub(y)) {

@@ -29,8 +29,11 @@ struct Patch {
 /// Draws `slides` slides and classifies each labelled patch of `patch_px` pixels by the histograms of the other slides' patches.
 ///
 /// # Errors
-/// A side that is not drawn.
+/// A side that is not drawn; fewer than two slides.
 pub fn hardness(seed: u64, slides: u64, side: u32, patch_px: u32) -> Result<Hardness, PhantomError> {
+    if slides < 2 {
+        return Err(PhantomError::Series(slides));
+    }
     let mut patches = Vec::new();
     for slide in 0..slides {
         let phantom = Phantom::draw(seed, slide, side)?;

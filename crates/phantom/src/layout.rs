@@ -39,7 +39,7 @@ impl Layout {
         let mut rng = rng(seed, Purpose::Phantom, slide, 0);
         let size = size as f32;
         let count = ((size / REGION).powi(2).round() as usize).max(CLASSES.len());
-        // Every class appears on every slide, as often as any other.
+        // Classes are dealt in turn, none more often than another; a slide below 4096 px may still lose one to the glass.
         let first = rng.random_range(0..CLASSES.len());
         let regions = (0..count)
             .map(|at| Region {

@@ -45,6 +45,9 @@ pub enum PhantomError {
     /// A side that is not drawn.
     #[error("a phantom of {0} px a side is not drawn; choose 256 to 30000")]
     Side(u32),
+    /// Too few slides to classify one by the others.
+    #[error("hardness compares slides with each other and got {0}: draw 2 or more")]
+    Series(u64),
     /// The slide's TIFF.
     #[error(transparent)]
     Tiff(#[from] TiffError),

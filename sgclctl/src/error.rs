@@ -121,7 +121,6 @@ fn known(cause: &(dyn StdError + 'static)) -> Option<Known> {
         return Some(match e {
             IngestError::Write(e) => write(e),
             IngestError::Setting(_) | IngestError::Twins { .. } => (Exit::Usage, None),
-            IngestError::Finished { .. } => (Exit::CannotCreate, None),
             IngestError::Io { source, .. } => io(source.kind()),
             IngestError::Crashed { .. } => (Exit::Failed, None),
             _ => (Exit::Data, None),

@@ -177,14 +177,6 @@ pub enum IngestError {
         /// A line for each.
         reasons: String,
     },
-    /// There is a finished set at the place.
-    #[error("{url}: holds a finished patch set without {missing:?}; write to another URL")]
-    Finished {
-        /// The set.
-        url: String,
-        /// A slide that it does not have.
-        missing: String,
-    },
     /// The set could not be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -249,7 +241,7 @@ pub async fn ingest(
     } else {
         match PatchSetWriter::open(dest.clone(), writer_options(options)).await? {
             Opened::Writer(writer) => Some(writer),
-            Opened::Complete(manifest) => return complete(dest, *manifest, &units),
+            Opened::Complete(manifest) => return Ok(complete(*manifest, &units)),
         }
     };
     let slides = units.len();
@@ -352,11 +344,13 @@ fn writer_options(options: &IngestOptions) -> WriterOptions {
     writer
 }
 
-/// The same call again, after it had succeeded.
-fn complete(dest: &Store, manifest: Manifest, units: &[Unit]) -> Result<IngestReport, IngestError> {
-    if let Some(missing) = units.iter().find(|unit| manifest.slide_number(&unit.name).is_none()) {
-        return Err(IngestError::Finished { url: dest.url().to_owned(), missing: missing.name.clone() });
-    }
+/// The same call again, after it had succeeded. A source that the set does not hold could not be read then.
+fn complete(manifest: Manifest, units: &[Unit]) -> IngestReport {
+    let missing = units.iter().filter(|unit| manifest.slide_number(&unit.name).is_none());
+    let skipped = missing.map(|unit| Skipped {
+        source: unit.source.clone(),
+        reason: "the finished set is without it; to try it again write to another URL".into(),
+    });
     let slides = manifest.slides.iter().map(|slide| SlideReport {
         name: slide.name.clone(),
         kept: slide.patches.into(),
@@ -365,5 +359,6 @@ fn complete(dest: &Store, manifest: Manifest, units: &[Unit]) -> Result<IngestRe
         mpp: slide.mpp,
         resumed: true,
     });
-    Ok(IngestReport { slides: slides.collect(), skipped: Vec::new(), manifest: Some(manifest) })
+    let (skipped, slides) = (skipped.collect(), slides.collect());
+    IngestReport { slides, skipped, manifest: Some(manifest) }
 }

@@ -121,10 +121,27 @@ async fn what_cannot_be_read_is_named_and_the_set_holds_the_rest() {
     let skipped: Vec<_> = report.skipped.iter().map(|s| s.source.rsplit('/').next().unwrap()).collect();
     assert_eq!(skipped, ["note.svs", "torn.png"]);
     assert_eq!(report.manifest.unwrap().slides.len(), 1);
+    let again = run(&[dir.path().join("in")], &dir.path().join("set"), &options()).await.unwrap();
+    assert_eq!((again.slides.len(), again.skipped.len()), (1, 2), "the same call again says the same");
 
     let error = run(&[dir.path().join("in/note.svs")], &dir.path().join("none"), &options()).await.unwrap_err();
     assert!(matches!(error, IngestError::Nothing { .. }) && error.to_string().contains("note.svs"), "{error}");
     assert!(!dir.path().join("none/patchset.json").exists());
+}
+
+#[tokio::test]
+async fn slides_beside_a_folder_of_images_are_not_lost_and_label_maps_are_not_slides() {
+    let dir = tempfile::tempdir().unwrap();
+    slide(&dir.path().join("in/a.png"));
+    image::GrayImage::from_pixel(16, 16, image::Luma([0])).save(dir.path().join("in/a.labels.png")).unwrap();
+    std::fs::write(dir.path().join("in/a.labels.json"), r#"{"classes":["tissue"],"downsample":16}"#).unwrap();
+    tile(dir.path().join("in/ADI/ADI-0000.tif"), 32);
+    let report = run(&[dir.path().join("in")], &dir.path().join("set"), &options()).await.unwrap();
+    let names: Vec<_> = report.slides.iter().map(|slide| slide.name.as_str()).collect();
+    assert_eq!(names, ["a", "loose-000"]);
+    let files: Vec<PathBuf> = ["a.png", "a.labels.png", "a.labels.json"].map(|f| dir.path().join("in").join(f)).into();
+    let report = run(&files, &dir.path().join("files"), &options()).await.unwrap();
+    assert_eq!((report.slides.len(), report.skipped.len()), (1, 0));
 }
 
 #[tokio::test]

@@ -45,6 +45,8 @@ pub(crate) fn discover(sources: &[PathBuf], seed: u64) -> Result<Vec<Unit>, Inge
     for source in sources {
         if source.is_dir() {
             folder(source, seed, &mut units)?;
+        } else if source.is_file() && is_sidecar(source) {
+            // `slides/*` names the label maps too; they go in with their slides.
         } else if source.is_file() {
             units.push(whole_unit(source)?);
         } else {
@@ -88,11 +90,9 @@ fn folder(root: &Path, seed: u64, units: &mut Vec<Unit>) -> Result<(), IngestErr
             }
         }
     }
-    if slides.is_empty() && loose.is_empty() {
-        for file in files.into_iter().filter(|path| !is_sidecar(path)) {
-            units.push(whole_unit(&file)?);
-        }
-        return Ok(());
+    // Slides may lie beside folders of tiles.
+    for file in files.into_iter().filter(|path| !is_sidecar(path)) {
+        units.push(whole_unit(&file)?);
     }
     for (name, tiles) in slides {
         let source = format!("{} in {}", name, root.display());

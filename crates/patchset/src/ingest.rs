@@ -22,10 +22,11 @@ mod tiles;
 mod tissue;
 mod whole;
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use crate::manifest::Manifest;
+use crate::manifest::{Manifest, SlideEntry};
 use crate::store::Store;
 use crate::writer::{Opened, PatchSetWriter, WriteError, WriterOptions};
 
@@ -114,10 +115,10 @@ pub struct SlideReport {
     pub name: String,
     /// Tiles that became patches.
     pub kept: u64,
-    /// Tiles without enough tissue.
-    pub dropped: u64,
-    /// Patches with a label.
-    pub labelled: u64,
+    /// Tiles without enough tissue; not known of a slide read before.
+    pub dropped: Option<u64>,
+    /// Patches with a label; not known of a slide read before.
+    pub labelled: Option<u64>,
     /// Microns per pixel of the patches, where known.
     pub mpp: Option<f64>,
     /// Whether it had been read before.
@@ -247,11 +248,12 @@ pub async fn ingest(
     let slides = units.len();
     for (number, unit) in units.into_iter().enumerate() {
         if let Some(kept) = writer.as_ref().and_then(|w| w.resume(&unit.name, &unit.fingerprint)) {
+            report.skipped.extend(unit.left_out(kept));
             report.slides.push(SlideReport {
                 name: unit.name,
                 kept: kept.into(),
-                dropped: 0,
-                labelled: 0,
+                dropped: None,
+                labelled: None,
                 mpp: None,
                 resumed: true,
             });
@@ -265,7 +267,10 @@ pub async fn ingest(
         };
         tell(0, 0);
         match read(unit, writer.as_ref(), options, tell).await {
-            Ok(slide) => report.slides.push(slide),
+            Ok((slide, damaged)) => {
+                report.slides.push(slide);
+                report.skipped.extend(damaged);
+            }
             Err(SlideError::Skip(reason)) => {
                 tracing::warn!(source, reason, "skipped");
                 report.skipped.push(Skipped { source, reason });
@@ -284,13 +289,13 @@ pub async fn ingest(
     Ok(report)
 }
 
-/// Reads one slide on a thread that may block, then stages it.
+/// Reads one slide on a thread that may block, then stages it. Names the files of it that are damaged.
 async fn read(
     unit: Unit,
     writer: Option<&PatchSetWriter>,
     options: &IngestOptions,
     tell: impl Fn(u64, u64) + Send + Sync + 'static,
-) -> Result<SlideReport, SlideError> {
+) -> Result<(SlideReport, Vec<Skipped>), SlideError> {
     let name = unit.name.clone();
     let options = options.clone();
     // Held by the thread that reads, given back to be finished here.
@@ -304,11 +309,11 @@ async fn read(
     let plan = plan.await.map_err(crashed)??;
     let slide = writer.map(|writer| writer.slide(plan.info.clone())).transpose()?;
     let read = tokio::task::spawn_blocking(move || plan.read(slide, &options, &tell));
-    let (slide, report) = read.await.map_err(crashed)??;
-    if let Some(slide) = slide {
+    let read = read.await.map_err(crashed)??;
+    if let Some(slide) = read.slide {
         slide.finish().await?;
     }
-    Ok(report)
+    Ok((read.report, read.damaged))
 }
 
 fn check(options: &IngestOptions) -> Result<(), IngestError> {
@@ -344,18 +349,25 @@ fn writer_options(options: &IngestOptions) -> WriterOptions {
     writer
 }
 
-/// The same call again, after it had succeeded. A source that the set does not hold could not be read then.
+/// The same call again, after it had succeeded. A source that the set does not hold could not be read then; one that changed
+/// since is named, for a finished set never changes.
 fn complete(manifest: Manifest, units: &[Unit]) -> IngestReport {
-    let missing = units.iter().filter(|unit| manifest.slide_number(&unit.name).is_none());
-    let skipped = missing.map(|unit| Skipped {
-        source: unit.source.clone(),
-        reason: "the finished set is without it; to try it again write to another URL".into(),
+    let held: HashMap<&str, &SlideEntry> = manifest.slides.iter().map(|slide| (slide.name.as_str(), slide)).collect();
+    let skipped = units.iter().filter_map(|unit| {
+        let skipped = |reason: &str| Some(Skipped { source: unit.source.clone(), reason: reason.to_owned() });
+        match held.get(unit.name.as_str()) {
+            None => skipped("the finished set is without it; to try it again write to another URL"),
+            Some(slide) if !slide.fingerprint.is_empty() && slide.fingerprint != unit.fingerprint => skipped(
+                "it changed since the finished set was made of it; to take it as it is now write to another URL",
+            ),
+            Some(slide) => unit.left_out(slide.patches),
+        }
     });
     let slides = manifest.slides.iter().map(|slide| SlideReport {
         name: slide.name.clone(),
         kept: slide.patches.into(),
-        dropped: 0,
-        labelled: 0,
+        dropped: None,
+        labelled: None,
         mpp: slide.mpp,
         resumed: true,
     });

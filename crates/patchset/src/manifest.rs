@@ -73,6 +73,9 @@ pub struct SlideEntry {
     pub name: String,
     /// Where it came from, for people.
     pub source: String,
+    /// State of the source when it was read (size and time of change, say); empty where it is not known.
+    #[serde(default)]
+    pub fingerprint: String,
     /// Pyramid level the patches were read at.
     pub level: u32,
     /// Microns per pixel of the patches, where known.
@@ -291,6 +294,7 @@ mod tests {
         let slide = |name: &str, first_id, patches| SlideEntry {
             name: name.to_owned(),
             source: "here".to_owned(),
+            fingerprint: "9 bytes".to_owned(),
             level: 0,
             mpp: Some(0.5),
             width: 512,

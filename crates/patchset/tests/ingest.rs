@@ -45,7 +45,8 @@ async fn an_image_is_tiled_where_there_is_tissue_and_labelled_by_the_map_beside_
     let options = IngestOptions { previews: Some(previews.clone()), ..options() };
     let report = run(&[dir.path().join("in")], &dir.path().join("set"), &options).await.unwrap();
 
-    assert_eq!((report.slides[0].kept, report.slides[0].dropped, report.slides[0].labelled), (16, 48, 16));
+    let slide = &report.slides[0];
+    assert_eq!((slide.kept, slide.dropped, slide.labelled), (16, Some(48), Some(16)));
     let set = PatchSet::open(dir.path().join("set").to_str().unwrap()).await.unwrap();
     let classes = &set.manifest().classes;
     for id in 0..16 {
@@ -67,7 +68,7 @@ async fn a_drawn_slide_goes_through_openslide_at_half_its_resolution() {
     let report = run(&[slide], &dir.path().join("set"), &options).await.unwrap();
     let manifest = report.manifest.unwrap();
     assert_eq!((manifest.slides[0].grid, manifest.slides[0].mpp), ([8, 8], Some(1.0)));
-    assert!(report.slides[0].kept > 20 && report.slides[0].labelled > 0, "{:?}", report.slides[0]);
+    assert!(report.slides[0].kept > 20 && report.slides[0].labelled > Some(0), "{:?}", report.slides[0]);
 }
 
 #[tokio::test]
@@ -81,6 +82,9 @@ async fn tiles_of_the_folder_layout_keep_their_places_and_classes() {
     let set = PatchSet::open(dir.path().join("set").to_str().unwrap()).await.unwrap();
     let rows: Vec<_> = (0..3).map(|id| set.index().row(id).unwrap()).map(|r| (r.x, r.y, r.label.unwrap())).collect();
     assert_eq!(rows, [(0, 5, 0), (1, 5, 0), (2, 5, 1)]);
+    let preview = image::open(dir.path().join("set/previews/s1.jpg")).unwrap().into_rgb8();
+    assert_eq!(preview.dimensions(), (192, 64), "the tiles in their places");
+    assert!(preview.get_pixel(100, 30).0[1] < 100, "which are the tiles' pixels");
 }
 
 #[tokio::test]
@@ -89,6 +93,9 @@ async fn pixel_coordinates_in_tile_names_are_refused_with_what_to_do() {
     for x in 0..4 {
         tile(dir.path().join(format!("in/c/s1/s1_{}_0_0.png", x * 256)), 32);
     }
+    let dry = IngestOptions { dry_run: true, ..options() };
+    let error = run(&[dir.path().join("in")], &dir.path().join("set"), &dry).await.unwrap_err().to_string();
+    assert!(error.contains("s1") && error.contains("256"), "a dry run says so too: {error}");
     let error = run(&[dir.path().join("in")], &dir.path().join("set"), &options()).await.unwrap_err().to_string();
     assert!(error.contains("s1") && error.contains("256"), "{error}");
     assert!(!dir.path().join("set/patchset.json").exists());
@@ -108,6 +115,58 @@ async fn images_of_class_folders_become_mixed_groups_without_neighbours() {
     let mut xs = set.index().xs().to_vec();
     xs.sort_unstable();
     assert!(xs.windows(2).all(|pair| pair[1] - pair[0] >= 24), "{xs:?}");
+}
+
+#[tokio::test]
+async fn a_damaged_image_of_a_class_folder_is_named_and_the_others_go_in() {
+    let dir = tempfile::tempdir().unwrap();
+    for root in ["one", "two"] {
+        for number in 0..3 {
+            tile(dir.path().join(format!("{root}/ADI/{root}-{number:04}.tif")), 32);
+        }
+    }
+    std::fs::write(dir.path().join("one/ADI/one-0001.tif"), "torn").unwrap();
+    let sources = ["one", "two"].map(|root| dir.path().join(root));
+    let first = run(&sources, &dir.path().join("set"), &options()).await.unwrap();
+    assert_eq!(first.manifest.as_ref().unwrap().patches, 5);
+    assert_eq!(first.slides.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["loose-000", "loose-001"]);
+    let [skipped] = &first.skipped[..] else { panic!("{:?}", first.skipped) };
+    assert!(skipped.source.ends_with("one-0001.tif"), "{skipped:?}");
+    let again = run(&sources, &dir.path().join("set"), &options()).await.unwrap();
+    assert_eq!(again.skipped.len(), 1, "the same call again says that one is missing: {:?}", again.skipped);
+}
+
+#[tokio::test]
+async fn a_palette_label_map_is_read_by_its_indices() {
+    let dir = tempfile::tempdir().unwrap();
+    slide(&dir.path().join("a.png"));
+    // Two classes need one bit a pixel; the colours are such that their grey values are other numbers.
+    let file = std::fs::File::create(dir.path().join("a.labels.png")).unwrap();
+    let mut encoder = png::Encoder::new(file, 16, 16);
+    encoder.set_color(png::ColorType::Indexed);
+    encoder.set_depth(png::BitDepth::One);
+    encoder.set_palette(vec![200, 30, 30, 30, 30, 200]);
+    // Left half 0, right half 1.
+    encoder.write_header().unwrap().write_image_data(&[0x00, 0xff].repeat(16)).unwrap();
+    std::fs::write(dir.path().join("a.labels.json"), r#"{"classes":["left","right"],"downsample":16}"#).unwrap();
+    let report = run(&[dir.path().join("a.png")], &dir.path().join("set"), &options()).await.unwrap();
+    assert_eq!(report.slides[0].labelled, Some(16));
+    let set = PatchSet::open(dir.path().join("set").to_str().unwrap()).await.unwrap();
+    for id in 0..16 {
+        let row = set.index().row(id).unwrap();
+        assert_eq!(row.label, Some(u16::from(row.x >= 4)), "{row:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_source_that_changed_after_its_set_was_finished_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = dir.path().join("a.png");
+    slide(&source);
+    run(&[source.clone()], &dir.path().join("set"), &options()).await.unwrap();
+    RgbImage::from_pixel(512, 512, Rgb([180, 60, 140])).save(&source).unwrap();
+    let again = run(&[source], &dir.path().join("set"), &options()).await.unwrap();
+    assert!(again.skipped[0].reason.contains("changed since"), "{:?}", again.skipped);
 }
 
 #[tokio::test]

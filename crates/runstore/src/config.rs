@@ -85,7 +85,14 @@ impl std::str::FromStr for Arch {
 pub enum BankDtype {
     /// 32-bit floats.
     #[default]
-    Float32,
+    #[serde(alias = "float32")]
+    Fp32,
+    /// bfloat16: 8 bits of mantissa, half the memory.
+    #[serde(alias = "bfloat16")]
+    Bf16,
+    /// IEEE half: 11 bits of mantissa, half the memory. Rows are unit vectors, so its range is enough.
+    #[serde(alias = "float16")]
+    Fp16,
 }
 
 /// Where a rank computes.
@@ -285,6 +292,40 @@ pub struct Objective {
     pub top_fraction: f64,
     /// Beta distribution of the hard negatives' ranks.
     pub hard_beta: [f64; 2],
+    /// Rows that positives and hard negatives are looked for among.
+    pub candidates: Candidates,
+    /// Rows of a step's sample, where `candidates` samples.
+    #[schemars(range(min = 1024))]
+    pub candidate_rows: usize,
+}
+
+impl Objective {
+    /// Rows of a step's sample for `patches` patches on `ranks` ranks; none where every row is looked through.
+    #[must_use]
+    pub fn sample(&self, patches: u64, ranks: usize) -> Option<usize> {
+        let sampled = match self.candidates {
+            Candidates::Exact => false,
+            Candidates::Sampled => true,
+            Candidates::Auto => patches / ranks.max(1) as u64 > EXACT_ROWS,
+        };
+        (sampled && (self.candidate_rows as u64) < patches).then_some(self.candidate_rows)
+    }
+}
+
+/// Bank rows of a rank up to which `candidates: auto` looks through all.
+pub const EXACT_ROWS: u64 = 2_000_000;
+
+/// Which bank rows a step looks through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Candidates {
+    /// All, up to 2,000,000 rows a rank; beyond that a sample.
+    #[default]
+    Auto,
+    /// All rows.
+    Exact,
+    /// A fresh random sample each step: cost does not depend on the number of patches.
+    Sampled,
 }
 
 impl Default for Objective {
@@ -299,6 +340,8 @@ impl Default for Objective {
             aux: 1,
             top_fraction: 0.2,
             hard_beta: [5.0, 15.0],
+            candidates: Candidates::Auto,
+            candidate_rows: 65_536,
         }
     }
 }
@@ -318,7 +361,7 @@ pub struct Bank {
 
 impl Default for Bank {
     fn default() -> Self {
-        Self { momentum: 0.5, dtype: BankDtype::Float32, replicas: 1 }
+        Self { momentum: 0.5, dtype: BankDtype::Fp32, replicas: 1 }
     }
 }
 

@@ -1,5 +1,9 @@
 //! What the method needs of the other ranks. The worker implements it over c10d; [`Solo`] is a world of one.
 
+mod threads;
+
+pub use threads::Threads;
+
 use tch::Tensor;
 
 /// A collective operation failed.

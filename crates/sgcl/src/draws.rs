@@ -20,6 +20,14 @@ pub fn negatives(seed: u64, epoch: u64, step: u64, lane: u64, k: usize, n: i64) 
     (0..k).map(|_| rng.random_range(0..n)).collect()
 }
 
+/// `count` distinct bank rows of `n`, the sample that a step looks through. The cost does not depend on `n`.
+#[must_use]
+pub fn candidates(seed: u64, epoch: u64, step: u64, count: usize, n: i64) -> Vec<i64> {
+    let mut rng = stream(seed, Purpose::Negatives, epoch, step, u64::MAX);
+    let n = usize::try_from(n).unwrap_or(0);
+    rand::seq::index::sample(&mut rng, n, count.min(n)).into_iter().map(|row| row as i64).collect()
+}
+
 /// Draws ranks without replacement, weighted by a Beta density over the top of the ranking.
 #[derive(Clone, Debug)]
 pub struct HardRanks {

@@ -1,12 +1,19 @@
-//! Euclidean k-means over the global bank, several runs, the same labels on every rank.
+//! Euclidean k-means over the global bank, several runs, where every rank clusters the rows it owns.
+//!
+//! Centres are means of sums that ranks add up in fixed point: integer sums do not depend on their order, so labels are the same for any
+//! world size and on GPUs, whose float additions come in no fixed order. A copy of a shard is labelled with its owner's centres.
 
+use crate::bank::{Bank, Banks};
 use crate::collective::{Collective, CollectiveError};
 use rand::seq::index::sample;
 use sgcl_draw::Purpose;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-/// Scores held at once: 2^25 f32, 128 MiB.
-const SCORES: i64 = 1 << 25;
+/// Rows compared with all centres at once: on a CPU their scores stay in its cache, on a GPU a block keeps it busy.
+const BLOCK_CPU: i64 = 1024;
+const BLOCK_GPU: i64 = 1 << 16;
+/// Fixed point of sums of unit rows: 2^31 rows fit.
+const ONE: f64 = (1_i64 << 30) as f64;
 
 /// Sizes of a clustering.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +37,8 @@ impl Default for KMeans {
 pub enum KMeansError {
     /// Sizes that do not fit.
     #[error(
-        "k-means of {runs} runs x {clusters} clusters does not fit {n} rows; use at least 1 run and 1 to {n} clusters"
+        "k-means of {runs} runs x {clusters} clusters does not fit {n} rows; use 1 to {n} clusters, and runs so few that \
+         clusters^runs stays below 2^62"
     )]
     Size {
         /// Runs.
@@ -40,76 +48,191 @@ pub enum KMeansError {
         /// Rows.
         n: i64,
     },
-    /// Labels could not be exchanged.
+    /// Sums could not be exchanged.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
 }
 
-/// Labels (M, N) i64 of `rows` (N, D) f32. Run r is computed by rank r mod world and gathered: labels agree by construction.
+/// Labels (M, held) i64 of the rows this rank holds.
+///
+/// # Errors
+/// See [`KMeansError`].
 pub fn cluster(
-    rows: &Tensor,
+    banks: &Banks,
     size: KMeans,
     seed: u64,
     epoch: u64,
-    collective: &dyn Collective,
+    ring: &dyn Collective,
 ) -> Result<Tensor, KMeansError> {
-    let n = rows.size()[0];
-    if size.runs < 1 || size.clusters < 1 || size.clusters > n {
+    let n = banks.len();
+    let fits = (size.clusters.max(2) as f64).log2() * size.runs as f64 <= 62.0;
+    if size.runs < 1 || size.clusters < 1 || size.clusters > n || !fits {
         return Err(KMeansError::Size { runs: size.runs, clusters: size.clusters, n });
     }
-    let (rank, world) = (collective.rank() as i64, collective.world() as i64);
-    let slots = (size.runs + world - 1) / world;
-    let mine: Vec<Tensor> = (0..slots)
-        .map(|slot| slot * world + rank)
-        .map(|run| {
-            if run < size.runs {
-                tch::no_grad(|| one_run(rows, size, seed, epoch, run as u64))
-            } else {
-                Tensor::zeros([n], (Kind::Int64, rows.device()))
-            }
-        })
-        .collect();
-    let all = collective.all_gather(&Tensor::stack(&mine, 0))?;
-    let order: Vec<i64> = (0..size.runs).map(|run| run % world * slots + run / world).collect();
-    Ok(all.index_select(0, &Tensor::from_slice(&order).to_device(all.device())))
+    let runs = (0..size.runs).map(|run| {
+        let lloyd = Lloyd { banks, clusters: size.clusters, ring };
+        tch::no_grad(|| lloyd.run(size.iterations, seed, epoch, run as u64))
+    });
+    Ok(Tensor::stack(&runs.collect::<Result<Vec<_>, _>>()?, 0))
 }
 
-fn one_run(rows: &Tensor, size: KMeans, seed: u64, epoch: u64, run: u64) -> Tensor {
-    let n = rows.size()[0];
-    let mut rng = sgcl_draw::rng(seed, Purpose::KMeans, epoch, run);
-    let first: Vec<i64> = sample(&mut rng, n as usize, size.clusters as usize).iter().map(|i| i as i64).collect();
-    let mut centres = rows.index_select(0, &Tensor::from_slice(&first).to_device(rows.device()));
-    for _ in 0..size.iterations {
-        let (labels, score) = assign(rows, &centres);
-        centres = means(rows, &labels, &score, size.clusters);
+/// One number for the labels (M, held) of all runs: (held) i64, equal where every run agrees.
+#[must_use]
+pub fn joint_labels(labels: &Tensor, clusters: i64) -> Tensor {
+    let mut joint = labels.select(0, 0).copy();
+    for run in 1..labels.size()[0] {
+        joint = joint * clusters + labels.select(0, run);
     }
-    assign(rows, &centres).0
+    joint
 }
 
-/// Nearest centre of each row: labels (N) i64 and x·c − |c|²/2 (N), in blocks of bounded memory.
-fn assign(rows: &Tensor, centres: &Tensor) -> (Tensor, Tensor) {
-    let half = (centres * centres).sum_dim_intlist([1_i64].as_slice(), false, Kind::Float) * 0.5;
-    let centres = centres.tr();
-    let block = (SCORES / centres.size()[1]).max(1);
-    let (scores, labels): (Vec<_>, Vec<_>) =
-        rows.split(block, 0).iter().map(|part| (part.matmul(&centres) - &half).max_dim(1, false)).unzip();
-    (Tensor::cat(&labels, 0), Tensor::cat(&scores, 0))
+/// Mean squared distance of all rows to their nearest of `centres` (K, D), over all ranks.
+///
+/// # Errors
+/// The ring fails.
+pub fn inertia(banks: &Banks, labels: &Tensor, clusters: i64, ring: &dyn Collective) -> Result<f64, CollectiveError> {
+    let lloyd = Lloyd { banks, clusters, ring };
+    tch::no_grad(|| {
+        let owned = labels.narrow(0, 0, banks.owned());
+        let (mut sums, mut counts) = lloyd.zeros();
+        lloyd.blocks(banks.owned(), |start, rows| {
+            let block = owned.narrow(0, start, rows.size()[0]);
+            lloyd.add(&mut sums, &mut counts, &block, &rows);
+        });
+        let centres = lloyd.means(sums, counts)?.0;
+        let mut total = Tensor::zeros([1], (Kind::Double, banks.device()));
+        lloyd.blocks(banks.owned(), |start, rows| {
+            let own = centres.index_select(0, &owned.narrow(0, start, rows.size()[0]));
+            total += (rows - own).square().sum(Kind::Double);
+        });
+        ring.all_reduce_sum(&mut total)?;
+        Ok(total.double_value(&[0]) / banks.len() as f64)
+    })
 }
 
-/// Means of the clusters; an empty cluster takes one of the rows farthest from their centres, each a different one.
-fn means(rows: &Tensor, labels: &Tensor, score: &Tensor, clusters: i64) -> Tensor {
-    let options = (Kind::Float, rows.device());
-    let mut sums = Tensor::zeros([clusters, rows.size()[1]], options);
-    let _ = sums.index_add_(0, labels, rows);
-    let mut counts = Tensor::zeros([clusters], options);
-    let _ = counts.index_add_(0, labels, &Tensor::ones([rows.size()[0]], options));
-    let mut centres = sums / counts.clamp_min(1.0).unsqueeze(1);
-    let empty = counts.eq(0.0).nonzero().view([-1]);
-    if empty.size()[0] > 0 {
-        // |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2)
-        let distance = (rows * rows).sum_dim_intlist([1_i64].as_slice(), false, Kind::Float) - score * 2.0;
-        let far = distance.topk(empty.size()[0], 0, true, true).1;
-        let _ = centres.index_copy_(0, &empty, &rows.index_select(0, &far));
+struct Lloyd<'a> {
+    banks: &'a Banks,
+    clusters: i64,
+    ring: &'a dyn Collective,
+}
+
+impl Lloyd<'_> {
+    fn run(&self, iterations: i64, seed: u64, epoch: u64, run: u64) -> Result<Tensor, CollectiveError> {
+        let mut rng = sgcl_draw::rng(seed, Purpose::KMeans, epoch, run);
+        let first = sample(&mut rng, self.banks.len() as usize, self.clusters as usize);
+        let first: Vec<i64> = first.iter().map(|row| row as i64).collect();
+        let mut centres = self.features(&Tensor::from_slice(&first).to_device(self.banks.device()))?;
+        for _ in 0..iterations {
+            centres = self.iterate(&centres)?;
+        }
+        Ok(self.assign(&centres, self.banks.held()).0)
     }
-    centres
+
+    /// Features of rows, from whoever owns them.
+    fn features(&self, rows: &Tensor) -> Result<Tensor, CollectiveError> {
+        let (slots, owned) = self.banks.owned_slots(rows);
+        let mut features = self.banks.at(Bank::Global, &slots) * owned.unsqueeze(1);
+        self.ring.all_reduce_sum(&mut features)?;
+        Ok(features)
+    }
+
+    fn iterate(&self, centres: &Tensor) -> Result<Tensor, CollectiveError> {
+        let (mut sums, mut counts) = self.zeros();
+        let compare = Compare::new(centres);
+        let mut scores = Vec::new();
+        self.blocks(self.banks.owned(), |_, rows| {
+            let (score, labels) = compare.nearest(&rows);
+            self.add(&mut sums, &mut counts, &labels, &rows);
+            scores.push(score);
+        });
+        let (mut centres, counts) = self.means(sums, counts)?;
+        let empty = counts.eq(0).nonzero().view([-1]);
+        if empty.size()[0] > 0 {
+            let far = self.farthest(&scores, empty.size()[0])?;
+            let _ = centres.index_copy_(0, &empty, &self.features(&far)?);
+        }
+        Ok(centres)
+    }
+
+    /// Rows farthest from their centres, `count` different ones of all ranks.
+    fn farthest(&self, scores: &[Tensor], count: i64) -> Result<Tensor, CollectiveError> {
+        let owned = self.banks.owned();
+        let mut distances = Vec::new();
+        let mut scores = scores.iter();
+        self.blocks(owned, |_, rows| {
+            // |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2)
+            let square = rows.square().sum_dim_intlist([1_i64].as_slice(), false, Kind::Float);
+            distances.extend(scores.next().map(|score| square - score * 2.0));
+        });
+        let device = self.banks.device();
+        let all =
+            if distances.is_empty() { Tensor::zeros([0], (Kind::Float, device)) } else { Tensor::cat(&distances, 0) };
+        let (far, slots) = all.topk(count.min(owned), 0, true, true);
+        let rows = if owned == 0 { slots } else { self.banks.slot_rows().take(&slots) };
+        let far = self.ring.all_gather_uneven(&far.to_kind(Kind::Double))?;
+        let rows = self.ring.all_gather_uneven(&rows)?;
+        Ok(rows.index_select(0, &far.topk(count, 0, true, true).1))
+    }
+
+    fn assign(&self, centres: &Tensor, slots: i64) -> (Tensor, Tensor) {
+        let compare = Compare::new(centres);
+        let (mut labels, mut scores) = (Vec::new(), Vec::new());
+        self.blocks(slots, |_, rows| {
+            let (score, label) = compare.nearest(&rows);
+            labels.push(label);
+            scores.push(score);
+        });
+        if labels.is_empty() {
+            let device = self.banks.device();
+            return (Tensor::zeros([0], (Kind::Int64, device)), Tensor::zeros([0], (Kind::Float, device)));
+        }
+        (Tensor::cat(&labels, 0), Tensor::cat(&scores, 0))
+    }
+
+    fn zeros(&self) -> (Tensor, Tensor) {
+        let options = (Kind::Int64, self.banks.device());
+        (Tensor::zeros([self.clusters, self.banks.widths()[0]], options), Tensor::zeros([self.clusters, 1], options))
+    }
+
+    fn add(&self, sums: &mut Tensor, counts: &mut Tensor, labels: &Tensor, rows: &Tensor) {
+        let _ = sums.index_add_(0, labels, &(rows * ONE).to_kind(Kind::Int64));
+        let _ = counts.index_add_(0, labels, &labels.ones_like().unsqueeze(1));
+    }
+
+    /// Means over all ranks, and counts; 0 where empty.
+    fn means(&self, sums: Tensor, counts: Tensor) -> Result<(Tensor, Tensor), CollectiveError> {
+        let mut all = Tensor::cat(&[sums, counts], 1);
+        self.ring.all_reduce_sum(&mut all)?;
+        let width = all.size()[1] - 1;
+        let counts = all.narrow(1, width, 1);
+        let means = all.narrow(1, 0, width).to_kind(Kind::Double) / counts.clamp_min(1) / ONE;
+        Ok((means.to_kind(Kind::Float), counts.view([-1])))
+    }
+
+    /// Calls `each` with the first slot and the rows, f32, of every block of the first `slots`.
+    fn blocks(&self, slots: i64, mut each: impl FnMut(i64, Tensor)) {
+        let bank = self.banks.bank(Bank::Global);
+        let block = if self.banks.device() == Device::Cpu { BLOCK_CPU } else { BLOCK_GPU };
+        for start in (0..slots).step_by(block as usize) {
+            each(start, bank.narrow(0, start, block.min(slots - start)).to_kind(Kind::Float));
+        }
+    }
+}
+
+/// Centres, ready to be compared with.
+struct Compare {
+    transposed: Tensor,
+    half: Tensor,
+}
+
+impl Compare {
+    fn new(centres: &Tensor) -> Self {
+        let half = (centres * centres).sum_dim_intlist([1_i64].as_slice(), false, Kind::Float) * -0.5;
+        Self { transposed: centres.tr().contiguous(), half }
+    }
+
+    /// x·c − |c|²/2 of the nearest centre (n), and its number (n).
+    fn nearest(&self, rows: &Tensor) -> (Tensor, Tensor) {
+        self.half.addmm(rows, &self.transposed).max_dim(1, false)
+    }
 }

@@ -1,41 +1,75 @@
-//! One step of the multi-crop objective: intra + w·inter + inner, with gradients for the queries.
+//! One step of the multi-crop objective over a bank dealt to all ranks: intra + w·inter + inner, with gradients for the queries.
+//!
+//! ```text
+//! gather queries ▸ positives (k-th score merged) ▸ hard negatives (ranks merged) ▸ partial sums ▸ reduce-scatter ▸ losses, gradients
+//! ```
+//!
+//! Every term is a softmax over bank rows. With e = exp((s − 1)/T), s the similarity of unit rows, a rank adds up Σe and Σe·row over
+//! the rows it owns; added over ranks these give loss and gradient at once, so no graph is kept over the bank and nothing
+//! is normalised twice. The shift by 1/T keeps e in (0, 1]; T is at least 0.02, so that e of unrelated rows does not vanish.
+//!
+//! On the wire, floats a rank sends with W ranks, B anchors in all, A auxiliary anchors, L spatial neighbours at most
+//! (ring algorithms: gather and scatter send (W − 1)/W of the whole, an all-reduce twice that):
+//!
+//! | what | whole |
+//! |---|---|
+//! | queries | B·(5D + Db) |
+//! | similarity to spatial neighbours (all-reduce) | B·L |
+//! | auxiliary anchors (all-reduce) | B·A·D, and B·(1 + A) labels of 8 bytes |
+//! | nearest scores | W·(1 + A)·B·c, c = `nearest`/W + 8·√(`nearest`/W) + 16 |
+//! | hard negatives, by rank | W·B·min(top, N/W) |
+//! | hard negatives, by strata | histograms 2·B·8192 (all-reduce), keys of 8 bytes, about B·(H + 6·√(H·256) + 8·256) |
+//! | sums (reduce-scatter) | B·(12D + 8) |
+//!
+//! Whether hard negatives go by rank or by strata depends on B and N alone, so every world computes the same.
 
-mod instance;
+mod batch;
+mod hard;
 mod params;
+mod pool;
 mod positives;
-mod spatial;
+mod sums;
 
-pub use instance::Negatives;
-pub use params::{Params, ParamsError, Variant};
+pub use batch::Negatives;
+pub use hard::{HardKey, expected_ranks};
+pub use params::{HardBy, Params, ParamsError, Variant};
+pub use pool::{Candidates, Pool};
 pub use positives::{Positives, RowLists};
 
-use crate::bank::Banks;
+use crate::bank::{BankError, BankRows, Banks};
+use crate::collective::{Collective, CollectiveError};
+use batch::Batch;
+use sums::Sums;
 use tch::{Kind, Tensor};
 
-/// What a lane brings to a step; all on the banks' device.
+/// What a rank brings to a step; tensors on the banks' device. `ids`, `spatial` and the draws are the same on every rank.
 #[derive(Debug)]
 pub struct StepInputs<'a> {
-    /// (B, D) unit rows of the global views, with gradient.
+    /// (b, D) unit rows of this rank's global views, with gradient; b may be 0 at an epoch's end.
     pub q: &'a Tensor,
-    /// (B, Db) unit rows of the backbone; no gradient flows into them.
+    /// (b, Db) unit rows of the backbone; no gradient flows into them.
     pub x: &'a Tensor,
-    /// (4B, D) unit rows of the local views, corner-major (tl, tr, bl, br), with gradient.
+    /// (4b, D) unit rows of the local views, corner-major (tl, tr, bl, br), with gradient.
     pub ql: &'a Tensor,
-    /// Patch ids of the B anchors.
-    pub ids: &'a [i64],
-    /// Spatial neighbours of each anchor, from [`crate::neighbours::Lattice::neighbours`].
+    /// Bank rows of every rank's anchors, by rank.
+    pub ids: &'a [Vec<i64>],
+    /// Spatial neighbours of each anchor, in the order of `ids`, from [`crate::neighbours::Lattice::neighbours`].
     pub spatial: &'a [Vec<i64>],
-    /// (N) i64 from [`joint_labels`].
+    /// (held) i64, one number for the labels of all k-means runs, from [`crate::kmeans::joint_labels`].
     pub clusters: &'a Tensor,
-    /// (H) i64, ranks below ⌊top fraction · N⌋, shared by the anchors.
+    /// Rows that positives and hard negatives are looked for among.
+    pub pool: &'a Pool,
+    /// (H) i64, ranks below ⌊top fraction · pool⌋, shared by the anchors.
     pub hard_ranks: &'a Tensor,
     /// Random negatives.
     pub negatives: &'a Negatives,
+    /// Of the draws within strata of the ranking.
+    pub key: HardKey,
     /// Weight of the inter term, [`crate::schedule::rampup`].
     pub inter_weight: f64,
 }
 
-/// Losses of a step, scalars with gradient, and what they were made of.
+/// Losses of this rank's anchors, and what they were made of.
 #[derive(Debug)]
 pub struct StepOutput {
     /// Anchors' own rows against random rows.
@@ -44,15 +78,24 @@ pub struct StepOutput {
     pub inter: Tensor,
     /// Local views' own rows against random rows.
     pub inner: Tensor,
-    /// intra + weight · inter + inner; call `backward` on it.
+    /// intra + weight · inter + inner, a scalar whose `backward` fills the gradients of `q` and `ql`.
     pub total: Tensor,
-    /// Positives of each anchor.
-    pub positives: Positives,
-    /// (B, H) i64 bank rows of the hard negatives.
-    pub hard: Tensor,
+    /// Features of all ranks' anchors, to be blended into the banks, in the order of `ids`.
+    pub features: BankRows,
+    /// What this rank's rows gave to the anchors of all ranks.
+    pub found: Found,
 }
 
-/// Inputs that do not fit together.
+/// Rows of this rank that were found for each anchor, in the order of `ids`.
+#[derive(Debug)]
+pub struct Found {
+    /// Positives.
+    pub positives: Positives,
+    /// Hard negatives.
+    pub hard: RowLists,
+}
+
+/// A step that cannot be computed.
 #[derive(Debug, thiserror::Error)]
 pub enum StepError {
     /// Parameters do not fit the bank.
@@ -78,73 +121,81 @@ pub enum StepError {
         /// Rows of the bank.
         n: i64,
     },
+    /// Banks refused.
+    #[error(transparent)]
+    Bank(#[from] BankError),
+    /// The ring failed.
+    #[error(transparent)]
+    Ring(#[from] CollectiveError),
 }
 
-/// One label for the labels (M, N) i64 of all k-means runs: (N) i64, equal where every run agrees.
-pub fn joint_labels(labels: &Tensor) -> Tensor {
-    let mut joint = labels.select(0, 0).copy();
-    for run in 1..labels.size()[0] {
-        // Renumbering after each run keeps the product below N², whatever the number of runs.
-        let label = labels.select(0, run);
-        let pair = joint * (label.max() + 1) + label;
-        joint = pair.internal_unique2(true, true, false).1;
-    }
-    joint
+/// What the parts of a step share.
+pub(crate) struct Context<'a> {
+    banks: &'a Banks,
+    params: &'a Params,
+    ring: &'a dyn Collective,
+    pool: &'a Pool,
 }
 
-/// Losses of one step. `banks` is read, not updated. Anchors must be distinct for the mean to be one over patches.
-pub fn step(inputs: &StepInputs<'_>, banks: &Banks, p: &Params) -> Result<StepOutput, StepError> {
-    check(inputs, banks, p)?;
-    let idx = Tensor::from_slice(inputs.ids).to_device(banks.device());
-    let dots = inputs.q.matmul(&banks.global.tr());
-    let (positives, hard) = tch::no_grad(|| {
-        let found = positives::find(&dots.detach(), &idx, &banks.global, inputs.clusters, inputs.spatial, p);
-        let hard = spatial::hard(&inputs.x.detach(), &idx, banks, &found, inputs.hard_ranks, p);
-        (found, hard)
-    });
-    let inter = spatial::inter(&dots, &positives, &hard, p);
-    let intra = instance::intra(inputs.q, &dots, &idx, banks, inputs.negatives, p);
-    let inner = instance::inner(inputs.ql, &idx, banks, inputs.negatives, p);
-    let total = &intra + &inter * inputs.inter_weight + &inner;
-    Ok(StepOutput { intra, inter, inner, total, positives, hard })
+/// Losses of one step. Every rank calls it together. `banks` is read, not updated.
+///
+/// # Errors
+/// See [`StepError`].
+pub fn step(
+    inputs: &StepInputs<'_>,
+    banks: &Banks,
+    p: &Params,
+    ring: &dyn Collective,
+) -> Result<StepOutput, StepError> {
+    check(inputs, banks, p, ring)?;
+    let cx = Context { banks, params: p, ring, pool: inputs.pool };
+    let (batch, found, sums) = tch::no_grad(|| -> Result<_, StepError> {
+        let batch = Batch::gather(inputs, &cx)?;
+        let positives = positives::find(&batch, inputs, &cx)?;
+        let hard = hard::find(&batch, &positives, inputs, &cx)?;
+        let sums = Sums::of(&batch, &positives, &hard, inputs, &cx)?;
+        Ok((batch, Found { positives, hard }, sums))
+    })?;
+    let (q, ql) = (inputs.q.detach(), inputs.ql.detach());
+    let losses = tch::no_grad(|| sums.losses(&q, &ql, inputs.inter_weight, &cx));
+    // The value of the loss, with the gradient that was summed up: constant + (queries − themselves)·gradient.
+    let pull = |queries: &Tensor, gradient: &Tensor| ((queries - queries.detach()) * gradient).sum(Kind::Float);
+    let total = &losses.total + pull(inputs.q, &losses.dq) + pull(inputs.ql, &losses.dql);
+    let found = Found { positives: found.positives.of(&batch, banks), hard: found.hard.of(&batch, banks) };
+    let features = batch.features();
+    Ok(StepOutput { intra: losses.intra, inter: losses.inter, inner: losses.inner, total, features, found })
 }
 
-fn check(inputs: &StepInputs<'_>, banks: &Banks, p: &Params) -> Result<(), StepError> {
-    let (n, b) = (banks.len(), inputs.ids.len() as i64);
+fn check(inputs: &StepInputs<'_>, banks: &Banks, p: &Params, ring: &dyn Collective) -> Result<(), StepError> {
+    let n = banks.len();
     p.check(n)?;
-    let (d, db) = (banks.global.size()[1], banks.backbone.size()[1]);
+    let anchors: usize = inputs.ids.iter().map(Vec::len).sum();
+    let mine = inputs.ids.get(ring.rank()).map_or(0, |ids| ids.len() as i64);
+    let [d, db] = banks.widths();
+    let shape = |name, expected: Vec<i64>, got: Vec<i64>| {
+        if expected == got { Ok(()) } else { Err(StepError::Shape { name, expected, got }) }
+    };
+    shape("q", vec![mine, d], inputs.q.size())?;
+    shape("x", vec![mine, db], inputs.x.size())?;
+    shape("ql", vec![4 * mine, d], inputs.ql.size())?;
+    shape("clusters", vec![banks.held()], inputs.clusters.size())?;
+    shape("ids", vec![ring.world() as i64], vec![inputs.ids.len() as i64])?;
+    shape("spatial", vec![anchors as i64], vec![inputs.spatial.len() as i64])?;
     let (rows, count) = match inputs.negatives {
-        Negatives::PerAnchor(rows) => (rows, b * p.negatives),
+        Negatives::PerAnchor(rows) => (rows, anchors as i64 * p.negatives),
         Negatives::Shared(rows) => (rows, p.negatives),
     };
-    for (name, tensor, expected) in [
-        ("q", inputs.q, vec![b, d]),
-        ("x", inputs.x, vec![b, db]),
-        ("ql", inputs.ql, vec![4 * b, d]),
-        ("clusters", inputs.clusters, vec![n]),
-        ("hard_ranks", inputs.hard_ranks, vec![p.hard]),
-        ("negatives", rows, vec![count]),
-    ] {
-        if tensor.size() != expected {
-            return Err(StepError::Shape { name, expected, got: tensor.size() });
-        }
-    }
-    if inputs.spatial.len() as i64 != b || b == 0 {
-        return Err(StepError::Shape {
-            name: "spatial",
-            expected: vec![b.max(1)],
-            got: vec![inputs.spatial.len() as i64],
-        });
-    }
-    let named = inputs.ids.iter().map(|&r| ("ids", r));
-    let mut all = named.chain(inputs.spatial.iter().flatten().map(|&r| ("spatial", r)));
+    shape("negatives", vec![count], vec![rows.len() as i64])?;
+    let named = inputs.ids.iter().flatten().map(|&row| ("ids", row));
+    let near = inputs.spatial.iter().flatten().map(|&row| ("spatial", row));
+    let mut all = named.chain(near).chain(rows.iter().map(|&row| ("negatives", row)));
     match all.find(|&(_, row)| row < 0 || row >= n) {
         Some((name, row)) => Err(StepError::Row { name, row, n }),
         None => Ok(()),
     }
 }
 
-/// Positives an anchor has on average, (spatial, spatial ∪ semantic): for logs. Waits for the device.
+/// Positives an anchor has on average among this rank's rows, (spatial, spatial ∪ semantic): for logs. Waits for the device.
 #[must_use]
 pub fn positive_counts(positives: &Positives) -> (f64, f64) {
     let mean = |lists: &RowLists| lists.valid.sum(Kind::Int64).double_value(&[]) / lists.valid.size()[0].max(1) as f64;

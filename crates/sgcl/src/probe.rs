@@ -3,12 +3,19 @@
 pub mod knn;
 pub mod linear;
 pub mod score;
-pub mod split;
 
 pub use knn::knn;
 pub use linear::{LinearParams, LinearProbe, linear};
 pub use score::{ClassScore, Scores};
-pub use split::{Split, split_by_slide};
+
+/// Rows to learn from and rows to test on: no slide may be on both sides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Split {
+    /// Rows to learn from.
+    pub train: Vec<usize>,
+    /// Rows to test on.
+    pub test: Vec<usize>,
+}
 
 /// Why a probe cannot be made.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -22,14 +29,6 @@ pub enum ProbeError {
         other: usize,
         /// Which column.
         what: &'static str,
-    },
-    /// Slides cannot be split.
-    #[error(
-        "labelled patches come from {slides} slide(s); a split by slide needs at least 2: ingest more slides with labels"
-    )]
-    Slides {
-        /// Slides with labelled patches.
-        slides: usize,
     },
     /// A half without labelled patches.
     #[error("the {half} half of the split holds no labelled patch")]

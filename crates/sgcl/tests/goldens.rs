@@ -1,9 +1,11 @@
 //! A step against the golden cases of the reference: those beside this file, and those in the folder `SGCL_GOLDENS` names.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
-use sgcl::bank::{BankRows, Banks, CORNERS, unit};
+use sgcl::bank::{BankRows, Banks, CORNERS, ShardPlan, unit};
+use sgcl::collective::{Collective, Threads};
+use sgcl::kmeans::joint_labels;
 use sgcl::neighbours::Lattice;
-use sgcl::objective::{Negatives, Params, RowLists, StepInputs, Variant, joint_labels, step};
+use sgcl::objective::{HardBy, HardKey, Negatives, Params, Pool, RowLists, StepInputs, Variant, step};
 use sgcl::schedule::rampup;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -21,15 +23,20 @@ impl Case {
             Tensor::read_safetensors(path).unwrap_or_else(|e| panic!("golden case {name} is unreadable: {e}"));
         Self { name, tensors: tensors.into_iter().collect() }
     }
+    /// The same tensors, for another thread.
+    fn copy(&self) -> Self {
+        let tensors = self.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        Self { name: self.name.clone(), tensors }
+    }
     fn get(&self, key: &str) -> &Tensor {
         self.tensors.get(key).unwrap_or_else(|| panic!("golden case {} has no tensor {key}", self.name))
     }
     fn ids(&self, key: &str) -> Vec<i64> {
         self.get(key).to_kind(Kind::Int64).view([-1]).try_into().unwrap()
     }
-    fn banks(&self) -> Banks {
+    fn banks(&self) -> BankRows {
         let bank = |name: &str| self.get(&format!("in.bank.{name}")).copy();
-        Banks { global: bank("global"), backbone: bank("backbone"), corners: CORNERS.map(bank) }
+        BankRows { global: bank("global"), backbone: bank("backbone"), corners: CORNERS.map(bank) }
     }
 }
 
@@ -72,65 +79,147 @@ fn mask(lists: &RowLists, n: i64) -> Tensor {
     mask.narrow(1, 0, n)
 }
 
-fn check_step(case: &Case, variant: Variant, prefix: &str) {
-    let banks = case.banks();
+/// What a rank gives to a case.
+struct Part {
+    losses: [Tensor; 3],
+    dq: Tensor,
+    dql: Tensor,
+    spatial: Tensor,
+    semantic: Tensor,
+    union: Tensor,
+    /// Positives counted once each.
+    counted: i64,
+    hard: Tensor,
+}
+
+/// A case on `world` ranks that own rows and anchors between them, compared with what the reference computed on one.
+fn check_step(case: &Case, variant: Variant, prefix: &str, world: usize) {
+    let ids = case.ids("in.idx");
+    let (b, n) = (ids.len(), case.get("in.bag").size()[0]);
+    let want = |key: &str| case.get(&format!("{prefix}.{key}"));
+    let positives = want("spatial").maximum(want("semantic"));
+    let has: Vec<bool> = (&positives.any_dim(1, false)).try_into().unwrap();
+    let count = |range: std::ops::Range<usize>| has[range].iter().filter(|&&h| h).count() as f64;
+    let counts_all = variant == Variant::Released;
+    let anchors_of = |range: std::ops::Range<usize>| if counts_all { range.len() as f64 } else { count(range) };
+
+    let ranges: Vec<_> = (0..world).map(|r| b * r / world..b * (r + 1) / world).collect();
+    let rampup = rampup(case.get("in.epoch").double_value(&[]));
+    // A rank's loss is a mean over its own anchors, the case's over all.
+    let weight = |range: &std::ops::Range<usize>| {
+        rampup * b as f64 * anchors_of(range.clone()) / (range.len() as f64 * anchors_of(0..b)).max(1e-9)
+    };
+    let threads: Vec<_> = Threads::world(world)
+        .into_iter()
+        .zip(&ranges)
+        .map(|(ring, range)| {
+            let (case, ranges, weight) = (case.copy(), ranges.clone(), weight(range));
+            std::thread::spawn(move || rank(&case, variant, &ring, &ranges, weight))
+        })
+        .collect();
+    let parts: Vec<Part> = threads.into_iter().map(|rank| rank.join().unwrap()).collect();
+
+    let what = |name: &str| format!("{} on {world} ranks: {prefix} {name}", case.name);
+    let all = |of: fn(&Part) -> &Tensor| parts.iter().map(of).fold(positives.zeros_like(), |all, one| all + one);
+    assert_eq!(all(|p| &p.spatial), *want("spatial"), "{}", what("spatial positives"));
+    assert_eq!(all(|p| &p.semantic), *want("semantic"), "{}", what("semantic positives"));
+    assert_eq!(all(|p| &p.union), positives, "{}", what("union"));
+    let counted: i64 = parts.iter().map(|part| part.counted).sum();
+    assert_eq!(counted, positives.sum(Kind::Int64).int64_value(&[]), "{}", what("positives count once"));
+    let wanted = Tensor::zeros([b as i64, n], (Kind::Uint8, Device::Cpu)).scatter_value(1, want("hard"), 1);
+    assert_eq!(all(|p| &p.hard), wanted, "{}", what("hard negatives"));
+
+    let mean = |at: usize, share: &dyn Fn(std::ops::Range<usize>) -> f64| -> Tensor {
+        parts.iter().zip(&ranges).map(|(part, range)| &part.losses[at] * (share(range.clone()) / share(0..b))).sum()
+    };
+    let len = |range: std::ops::Range<usize>| range.len() as f64;
+    let (intra, inter, inner) = (mean(0, &len), mean(1, &anchors_of), mean(2, &len));
+    let total = &intra + &inter * rampup + &inner;
+    for (name, got) in [("intra", &intra), ("inter", &inter), ("inner", &inner), ("total", &total)] {
+        close(case, &format!("{prefix}.{name} on {world}"), got, want(name));
+    }
+    let scaled = |of: fn(&Part) -> &Tensor| {
+        parts.iter().zip(&ranges).map(|(part, range)| of(part) * (len(range.clone()) / b as f64)).collect::<Vec<_>>()
+    };
+    close(case, &format!("{prefix}.grad.q on {world}"), &Tensor::cat(&scaled(|p| &p.dq), 0), want("grad.q_raw"));
+    // Corner-major within a rank, and in the case.
+    let dql: Vec<Tensor> = scaled(|p| &p.dql).iter().map(|t| t.view([4, -1, t.size()[1]])).collect();
+    let dql = Tensor::cat(&dql, 1).view_as(want("grad.ql_raw"));
+    close(case, &format!("{prefix}.grad.ql on {world}"), &dql, want("grad.ql_raw"));
+}
+
+/// One rank's anchors, `ranges[rank]` of the case's.
+fn rank(case: &Case, variant: Variant, ring: &Threads, ranges: &[std::ops::Range<usize>], inter_weight: f64) -> Part {
+    let nodes: Vec<usize> = (0..ring.world()).collect();
+    let banks = Banks::from_rows(&case.banks(), ShardPlan::new(&nodes, true), ring.rank());
     let n = banks.len();
     let ids = case.ids("in.idx");
-    let b = ids.len() as i64;
     let slide: Vec<u32> = case.ids("in.bag").iter().map(|&v| v as u32).collect();
     let (x, y): (Vec<i32>, Vec<i32>) = case.ids("in.xy").chunks(2).map(|p| (p[0] as i32, p[1] as i32)).unzip();
     let lattice = Lattice::new(&slide, &x, &y).unwrap();
-    let negatives = case.get("in.neg_idx").copy();
+    let negatives = case.ids("in.neg_idx");
     let params = Params {
         variant,
         nearest: case.get("in.k_near").int64_value(&[]),
         hard: case.get("in.hard_ranks").size()[0],
-        negatives: negatives.size()[0] / b,
+        negatives: negatives.len() as i64 / ids.len() as i64,
         clusters: 4,
+        hard_by: HardBy::Rank,
         ..Params::default()
     };
     let spatial: Vec<_> = ids.iter().map(|&id| lattice.neighbours(id, params.radius).unwrap()).collect();
-    let leaf = |key: &str| case.get(key).copy().set_requires_grad(true);
-    let (q, ql) = (leaf("in.q_raw"), leaf("in.ql_raw"));
+    let range = ranges[ring.rank()].clone();
+    let mine = |t: &Tensor, dim: i64| t.narrow(dim, range.start as i64, range.len() as i64);
+    let leaf = |t: Tensor| t.copy().set_requires_grad(true);
+    let q = leaf(mine(case.get("in.q_raw"), 0));
+    let width = q.size()[1];
+    let ql = leaf(mine(&case.get("in.ql_raw").view([4, -1, width]), 1).reshape([-1, width]));
+    let clusters = joint_labels(case.get("in.clusters"), 1 << 20).take(banks.slot_rows());
     let out = step(
         &StepInputs {
             q: &unit(&q),
-            x: case.get("in.x"),
+            x: &mine(case.get("in.x"), 0),
             ql: &unit(&ql),
-            ids: &ids,
+            ids: &ranges.iter().map(|range| ids[range.clone()].to_vec()).collect::<Vec<_>>(),
             spatial: &spatial,
-            clusters: &joint_labels(case.get("in.clusters")),
+            clusters: &clusters,
+            pool: &Pool::exact(&banks),
             hard_ranks: case.get("in.hard_ranks"),
             negatives: &Negatives::PerAnchor(negatives),
-            inter_weight: rampup(case.get("in.epoch").double_value(&[])),
+            key: HardKey::default(),
+            inter_weight,
         },
         &banks,
         &params,
+        ring,
     )
     .unwrap();
-    out.total.backward();
-    let want = |key: &str| case.get(&format!("{prefix}.{key}"));
-    assert_eq!(mask(&out.positives.spatial, n), *want("spatial"), "{}: {prefix} spatial positives", case.name);
-    assert_eq!(mask(&out.positives.semantic, n), *want("semantic"), "{}: {prefix} semantic positives", case.name);
-    assert_eq!(mask(&out.positives.union, n), want("spatial").maximum(want("semantic")), "{}: union", case.name);
-    let counted = out.positives.union.valid.sum(Kind::Int64).int64_value(&[]);
-    assert_eq!(
-        counted,
-        mask(&out.positives.union, n).sum(Kind::Int64).int64_value(&[]),
-        "{}: a positive counts once",
-        case.name
-    );
-    assert_eq!(out.hard, *want("hard"), "{}: {prefix} hard negatives", case.name);
-    for (name, got) in [("intra", &out.intra), ("inter", &out.inter), ("inner", &out.inner), ("total", &out.total)] {
-        close(case, &format!("{prefix}.{name}"), &got.detach(), want(name));
+    let (dq, dql) = if range.is_empty() {
+        (q.zeros_like(), ql.zeros_like())
+    } else {
+        out.total.backward();
+        (q.grad(), ql.grad())
+    };
+    let found = &out.found;
+    Part {
+        losses: [out.intra, out.inter, out.inner],
+        dq,
+        dql,
+        spatial: mask(&found.positives.spatial, n),
+        semantic: mask(&found.positives.semantic, n),
+        union: mask(&found.positives.union, n),
+        counted: found.positives.union.valid.sum(Kind::Int64).int64_value(&[]),
+        hard: mask(&found.hard, n),
     }
-    close(case, &format!("{prefix}.grad.q"), &q.grad(), want("grad.q_raw"));
-    close(case, &format!("{prefix}.grad.ql"), &ql.grad(), want("grad.ql_raw"));
 }
+
+const WORLDS: [usize; 4] = [1, 2, 3, 4];
 
 #[test]
 fn goldens_of_the_exact_variant_are_reproduced() {
-    cases().iter().for_each(|case| check_step(case, Variant::Exact, "exact"));
+    for world in WORLDS {
+        cases().iter().for_each(|case| check_step(case, Variant::Exact, "exact", world));
+    }
 }
 
 #[test]
@@ -138,7 +227,7 @@ fn goldens_of_the_released_variant_are_reproduced() {
     let mut checked = 0;
     for case in cases() {
         if case.tensors.contains_key("released.total") {
-            check_step(&case, Variant::Released, "released");
+            WORLDS.iter().for_each(|&world| check_step(&case, Variant::Released, "released", world));
             checked += 1;
         } else {
             println!("{}: no released result, an anchor is isolated", case.name);
@@ -150,7 +239,7 @@ fn goldens_of_the_released_variant_are_reproduced() {
 #[test]
 fn goldens_of_the_updated_banks_are_reproduced() {
     for case in cases() {
-        let (mut banks, ids) = (case.banks(), case.ids("in.idx"));
+        let (mut banks, ids) = (Banks::from_rows(&case.banks(), ShardPlan::new(&[0], false), 0), case.ids("in.idx"));
         let corners: [Tensor; 4] = unit(case.get("in.ql_raw")).chunk(4, 0).try_into().unwrap();
         let features = BankRows { global: unit(case.get("in.q_raw")), backbone: case.get("in.x").copy(), corners };
         banks.apply(&ids, &features, Params::default().bank_momentum).unwrap();

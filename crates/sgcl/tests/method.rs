@@ -2,12 +2,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use proptest::prelude::*;
-use sgcl::bank::{BankRows, Banks, rows_of_shard, shard_of};
+use sgcl::bank::{Bank, BankRows, Banks, ShardPlan, rows_of_shard, shard_of};
 use sgcl::collective::Solo;
 use sgcl::draws::{HardRanks, negatives};
-use sgcl::kmeans::{KMeans, cluster};
+use sgcl::kmeans::{KMeans, cluster, joint_labels};
 use sgcl::neighbours::Lattice;
-use sgcl::objective::{Negatives, Params, ParamsError, StepInputs, joint_labels, step};
+use sgcl::objective::{HardKey, Negatives, Params, ParamsError, Pool, StepInputs, step};
 use sgcl::optim::Sgd;
 use sgcl::schedule::{cosine, rampup};
 use std::collections::BTreeSet;
@@ -87,18 +87,24 @@ fn negatives_are_uniform_and_a_function_of_seed_epoch_step_and_lane() {
     }
 }
 
+fn banks(seed: u64, n: i64, widths: [i64; 2]) -> Banks {
+    Banks::random(seed, n, widths, ShardPlan::new(&[0], false), 0, (Kind::Float, Device::Cpu))
+}
+
+/// All rows of a world of one, in order.
+fn all(banks: &Banks) -> BankRows {
+    banks.rows(&(0..banks.len()).collect::<Vec<_>>()).unwrap()
+}
+
 fn rows_for(banks: &Banks, n: i64) -> BankRows {
-    let like = |t: &Tensor| Tensor::ones([n, t.size()[1]], (Kind::Float, Device::Cpu));
-    BankRows {
-        global: like(&banks.global),
-        backbone: like(&banks.backbone),
-        corners: banks.corners.each_ref().map(like),
-    }
+    let [dim, wide] = banks.widths();
+    let ones = |width| Tensor::ones([n, width], (Kind::Float, Device::Cpu));
+    BankRows { global: ones(dim), backbone: ones(wide), corners: [(); 4].map(|()| ones(dim)) }
 }
 
 #[test]
 fn initial_rows_are_unit_and_depend_on_seed_and_patch_alone() {
-    let (small, large) = (Banks::random(1, 10, 8, 16, Device::Cpu), Banks::random(1, 30, 8, 16, Device::Cpu));
+    let (small, large) = (all(&banks(1, 10, [8, 16])), all(&banks(1, 30, [8, 16])));
     assert_eq!(small.global, large.global.narrow(0, 0, 10));
     assert_eq!(small.backbone, large.backbone.narrow(0, 0, 10));
     assert_ne!(small.global, small.corners[0]);
@@ -111,49 +117,52 @@ fn initial_rows_are_unit_and_depend_on_seed_and_patch_alone() {
 
 #[test]
 fn the_last_feature_of_a_repeated_patch_counts() {
-    let (mut twice, mut once) = (Banks::random(1, 10, 8, 16, Device::Cpu), Banks::random(1, 10, 8, 16, Device::Cpu));
+    let (mut twice, mut once) = (banks(1, 10, [8, 16]), banks(1, 10, [8, 16]));
     let features = rows_for(&twice, 2);
     let _ = features.global.get(0).neg_();
     twice.apply(&[4, 4], &features, 0.5).unwrap();
     once.apply(&[4], &rows_for(&once, 1), 0.5).unwrap();
-    assert_eq!(twice.global, once.global);
+    assert_eq!(twice.bank(Bank::Global), once.bank(Bank::Global));
     assert!(twice.apply(&[10], &rows_for(&once, 1), 0.5).unwrap_err().to_string().contains("10"));
 }
 
 #[test]
 fn exported_shards_put_back_make_the_same_bank() {
-    let from = Banks::random(1, 3000, 4, 8, Device::Cpu);
-    let mut to = Banks::random(2, 3000, 4, 8, Device::Cpu);
+    let from = banks(1, 3000, [4, 8]);
+    let mut to = banks(2, 3000, [4, 8]);
     for shard in 0..1024 {
         let ids: Vec<i64> = rows_of_shard(shard, 3000).collect();
         assert!(ids.iter().all(|&id| shard_of(id) == shard));
         to.put(&ids, &from.rows(&ids).unwrap()).unwrap();
     }
-    assert_eq!(from.global, to.global);
-    assert_eq!(from.corners, to.corners);
-    assert_eq!(from.backbone, to.backbone);
+    for bank in [Bank::Global, Bank::Backbone, Bank::Corner(0), Bank::Corner(3)] {
+        assert_eq!(from.bank(bank), to.bank(bank));
+    }
 }
 
 #[test]
 fn k_means_repeats_itself_and_leaves_no_cluster_empty() {
     let centres = Tensor::eye(6, (Kind::Float, Device::Cpu));
-    let noise = Banks::random(seed(), 600, 6, 6, Device::Cpu).global * 0.05;
-    let rows = centres.repeat([100, 1]) + noise;
+    let mut banks = banks(seed(), 600, [6, 6]);
+    let noise = all(&banks);
+    let rows = BankRows { global: centres.repeat([100, 1]) + &noise.global * 0.05, ..noise };
+    banks.put(&(0..600).collect::<Vec<_>>(), &rows).unwrap();
     let size = KMeans { runs: 2, clusters: 6, iterations: 20 };
-    let labels = cluster(&rows, size, seed(), 0, &Solo).unwrap();
-    assert_eq!(labels, cluster(&rows, size, seed(), 0, &Solo).unwrap());
+    let labels = cluster(&banks, size, seed(), 0, &Solo).unwrap();
+    assert_eq!(labels, cluster(&banks, size, seed(), 0, &Solo).unwrap());
     assert_eq!(labels.size(), [2, 600]);
     for run in 0..2 {
         let labels: Vec<i64> = labels.get(run).try_into().unwrap();
         assert_eq!(labels.iter().collect::<BTreeSet<_>>().len(), 6, "SGCL_SEED={}", seed());
     }
-    assert!(cluster(&rows, KMeans { clusters: 601, ..size }, 1, 0, &Solo).is_err());
+    assert!(cluster(&banks, KMeans { clusters: 601, ..size }, 1, 0, &Solo).is_err());
+    assert!(cluster(&banks, KMeans { clusters: 600, runs: 7, ..size }, 1, 0, &Solo).is_err(), "600^7 is beyond 2^62");
 }
 
 #[test]
 fn joint_labels_agree_exactly_where_every_run_agrees() {
     let labels = Tensor::from_slice(&[0_i64, 0, 1, 1, 0, 2, 2, 2, 0, 2, 5, 5, 5, 5, 5]).view([3, 5]);
-    let joint: Vec<i64> = joint_labels(&labels).try_into().unwrap();
+    let joint: Vec<i64> = joint_labels(&labels, 6).try_into().unwrap();
     for a in 0..5 {
         for b in 0..5 {
             let agree = (0..3).all(|m| labels.int64_value(&[m, a]) == labels.int64_value(&[m, b]));
@@ -204,37 +213,40 @@ fn a_configuration_that_does_not_fit_is_refused_with_the_numbers() {
 
 #[test]
 fn shared_negatives_give_the_loss_of_the_same_rows_per_anchor_and_isolated_anchors_no_nan() {
-    let banks = Banks::random(seed(), 200, 8, 16, Device::Cpu);
+    let banks = banks(seed(), 200, [8, 16]);
+    let all = all(&banks);
     let p = Params { nearest: 1, hard: 10, negatives: 16, clusters: 2, ..Params::default() };
     // Two anchors without neighbours; every patch its own cluster, so no semantic positives either.
     let run = |negatives: Negatives| {
-        let q = banks.corners[0].narrow(0, 50, 2).copy().set_requires_grad(true);
-        let ql = banks.corners[1].narrow(0, 60, 8).copy().set_requires_grad(true);
+        let q = all.corners[0].narrow(0, 50, 2).copy().set_requires_grad(true);
+        let ql = all.corners[1].narrow(0, 60, 8).copy().set_requires_grad(true);
         let out = step(
             &StepInputs {
                 q: &q,
-                x: &banks.backbone.narrow(0, 5, 2),
+                x: &all.backbone.narrow(0, 5, 2),
                 ql: &ql,
-                ids: &[3, 4],
+                ids: &[vec![3, 4]],
                 spatial: &[vec![], vec![]],
                 clusters: &Tensor::arange(200, (Kind::Int64, Device::Cpu)),
+                pool: &Pool::exact(&banks),
                 hard_ranks: &Tensor::arange(10, (Kind::Int64, Device::Cpu)),
                 negatives: &negatives,
+                key: HardKey::default(),
                 inter_weight: 1.0,
             },
             &banks,
             &p,
+            &Solo,
         )
         .unwrap();
         out.total.backward();
         assert_eq!(out.inter.double_value(&[]), 0.0);
         [values(&out.intra), values(&out.inner), values(&q.grad()), values(&ql.grad())].concat()
     };
-    let rows = Tensor::from_slice(&[3_i64, 9, 17, 4, 50, 61, 72, 83, 94, 105, 116, 127, 138, 149, 150, 3]);
-    let quarter = rows.narrow(0, 0, 4);
-    let shared = run(Negatives::Shared(rows.copy()));
-    let intra_alike = run(Negatives::PerAnchor(rows.repeat([2])));
-    let inner_alike = run(Negatives::PerAnchor(quarter.repeat([8])));
+    let rows = vec![3_i64, 9, 17, 4, 50, 61, 72, 83, 94, 105, 116, 127, 138, 149, 150, 3];
+    let shared = run(Negatives::Shared(rows.clone()));
+    let intra_alike = run(Negatives::PerAnchor(rows.repeat(2)));
+    let inner_alike = run(Negatives::PerAnchor(rows[..4].repeat(8)));
     assert!(shared.iter().all(|v| v.is_finite()));
     assert!((shared[0] - intra_alike[0]).abs() < 1e-5 && (shared[1] - inner_alike[1]).abs() < 1e-5);
 }

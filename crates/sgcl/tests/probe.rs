@@ -4,10 +4,8 @@
 
 mod common;
 
-use std::collections::BTreeSet;
-
 use common::{oracle, seed, tensors};
-use sgcl::probe::{LinearParams, ProbeError, Scores, Split, knn, linear, split_by_slide};
+use sgcl::probe::{LinearParams, ProbeError, Scores, Split, knn, linear};
 use tch::{Device, Kind, Tensor};
 
 fn assert_close(what: &str, scores: &Scores, expected: &serde_json::Value) {
@@ -54,28 +52,9 @@ fn probes_answer_as_scikit_learn() {
 }
 
 #[test]
-fn no_slide_is_on_both_sides_of_a_split() {
-    let slides: Vec<u32> = (0..400).map(|row| row % 13).collect();
-    let labels: Vec<i64> = (0..400).map(|row| if row % 7 == 0 { -1 } else { row % 3 }).collect();
-    let mut seen = BTreeSet::new();
-    for trial in 0..20 {
-        let split = split_by_slide(&labels, &slides, 0.3, seed(), trial).unwrap();
-        let of = |rows: &[usize]| rows.iter().map(|&row| slides[row]).collect::<BTreeSet<_>>();
-        let (train, test) = (of(&split.train), of(&split.test));
-        assert!(train.is_disjoint(&test));
-        assert_eq!((train.len(), test.len()), (9, 4));
-        assert_eq!(split.train.len() + split.test.len(), labels.iter().filter(|&&label| label >= 0).count());
-        assert_eq!(split, split_by_slide(&labels, &slides, 0.3, seed(), trial).unwrap());
-        seen.insert(test);
-    }
-    assert!(seen.len() > 10, "trials draw other slides");
-}
-
-#[test]
 fn input_that_makes_no_sense_is_refused_by_name() {
     let x = Tensor::ones([4, 2], (Kind::Float, Device::Cpu));
     let split = Split { train: vec![0, 1], test: vec![2, 3] };
-    assert_eq!(split_by_slide(&[0, 1], &[5, 5], 0.5, 1, 0), Err(ProbeError::Slides { slides: 1 }));
     assert_eq!(knn(&x, &[0, 1], 2, &split, 1, 0.07), Err(ProbeError::Length { features: 4, other: 2, what: "labels" }));
     assert_eq!(knn(&x, &[0, 1, -1, -1], 2, &split, 1, 0.07), Err(ProbeError::Empty { half: "test" }));
     assert_eq!(knn(&x, &[0, 1, 2, 0], 2, &split, 1, 0.07), Err(ProbeError::Label { row: 2, label: 2, classes: 2 }));

@@ -12,6 +12,9 @@ use crate::exit::Exit;
 use crate::output::{Out, count, warn};
 use crate::{progress, table};
 
+/// Skipped sources that fit a screen.
+const SHOWN: usize = 20;
+
 pub(crate) async fn main(args: IngestArgs, out: Out) -> Result<Exit> {
     let dest = Store::open(&args.to)?;
     let scale = match (args.level, args.mpp) {
@@ -68,7 +71,8 @@ fn show(report: &IngestReport, dest: &Store, dry_run: bool, out: Out) -> Result<
     let rows = report.slides.iter().map(|slide| {
         let mpp = slide.mpp.map_or_else(|| "?".to_owned(), |mpp| format!("{mpp:.3}"));
         let note = if slide.resumed { "read before" } else { "" };
-        [slide.name.clone(), count(slide.kept), count(slide.dropped), count(slide.labelled), mpp, note.to_owned()]
+        let known = |number: Option<u64>| number.map_or_else(|| "?".to_owned(), count);
+        [slide.name.clone(), count(slide.kept), known(slide.dropped), known(slide.labelled), mpp, note.to_owned()]
     });
     out.data(table::text(&["slide", "patches", "dropped", "labelled", "µm/px", ""], rows.collect()))?;
     match &report.manifest {
@@ -82,9 +86,12 @@ fn show(report: &IngestReport, dest: &Store, dry_run: bool, out: Out) -> Result<
         None if dry_run => out.data("dry run: no patch set was written")?,
         None => {}
     }
-    for skipped in &report.skipped {
-        let label = console::style("skipped:").yellow().bold().for_stderr();
+    let label = console::style("skipped:").yellow().bold().for_stderr();
+    for skipped in report.skipped.iter().take(SHOWN) {
         warn(format!("{label} {}: {}", skipped.source, skipped.reason));
+    }
+    if let Some(more @ 1..) = report.skipped.len().checked_sub(SHOWN) {
+        warn(format!("{label} and {more} more; --output json names them all"));
     }
     Ok(())
 }

@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use sgcl::bank::{BankRows, SHARDS, rows_of_shard};
-use sgcl::objective::joint_labels;
+use sgcl::bank::BankRows;
+use sgcl::kmeans::joint_labels;
 use sgcl_patchset::{Store, Subset};
 use sgcl_runstore::checkpoint::read_tensors;
 use sgcl_runstore::{Commit, PartKind, PartRef, PartWriter, Tensor as Stored};
@@ -17,14 +17,9 @@ use super::tensors::{from_stored, to_stored};
 const BANKS: [&str; 6] = ["global", "backbone", "tl", "tr", "bl", "br"];
 
 impl Learner {
-    /// Copies what `rank` of `world` writes into host memory. Bank rows are stored under their patch ids: another world, or a run
+    /// Copies what `rank` writes into host memory. Bank rows are stored under their patch ids: another world, or a run
     /// on more slides, can tell them apart.
-    pub(crate) fn snapshot(
-        &self,
-        rank: usize,
-        world: usize,
-        subset: &Subset,
-    ) -> Result<Vec<(PartKind, String, Vec<Stored>)>> {
+    pub(crate) fn snapshot(&self, rank: usize, subset: &Subset) -> Result<Vec<(PartKind, String, Vec<Stored>)>> {
         let mut parts = Vec::new();
         let all = |tensors: Vec<(String, Tensor)>| {
             tensors.into_iter().map(|(name, tensor)| to_stored(name, &tensor)).collect::<Result<Vec<_>>>()
@@ -33,20 +28,16 @@ impl Learner {
             parts.push((PartKind::Model, "model".into(), all(self.model.state())?));
             parts.push((PartKind::Optimizer, "optimizer".into(), all(self.sgd.state())?));
         }
-        let mine: Vec<i64> = (0..SHARDS)
-            .filter(|shard| *shard as usize % world == rank)
-            .flat_map(|shard| rows_of_shard(shard, self.banks.len()))
-            .collect();
+        let mine = self.banks.owned_rows();
         let BankRows { global, backbone, corners: [tl, tr, bl, br] } = self.banks.rows(&mine)?;
         let ids: Vec<i64> = mine
             .iter()
             .map(|&row| subset.id_of(u32::try_from(row)?).map(i64::from).context("a bank row without a patch"))
             .collect::<Result<_>>()?;
-        let at = Tensor::from_slice(&mine).to_device(self.device);
-        let mut bank = vec![
-            to_stored("ids", &Tensor::from_slice(&ids))?,
-            to_stored("labels", &self.labels.index_select(1, &at).tr().contiguous())?,
-        ];
+        // Owned rows are the first slots, in this order.
+        let labels = self.labels.narrow(1, 0, self.banks.owned());
+        let mut bank =
+            vec![to_stored("ids", &Tensor::from_slice(&ids))?, to_stored("labels", &labels.tr().contiguous())?];
         for (name, tensor) in BANKS.into_iter().zip([global, backbone, tl, tr, bl, br]) {
             bank.push(to_stored(name, &tensor)?);
         }
@@ -83,8 +74,11 @@ impl Learner {
                 .collect::<Result<_>>()?;
             let found = take("labels")?;
             ensure!(found.size() == [rows.len() as i64, labels.size()[0]], "{}: labels of another k-means", part.path);
-            let at = Tensor::from_slice(&rows).to_device(self.device);
-            let _ = labels.index_copy_(1, &at, &found.tr().to_kind(Kind::Int64));
+            // Rows that other ranks hold are theirs to take.
+            let (at, slots): (Vec<i64>, Vec<i64>) =
+                (0_i64..).zip(&rows).filter_map(|(at, &row)| Some((at, self.banks.slot(row)?))).unzip();
+            let [at, slots] = [at, slots].map(|values| Tensor::from_slice(&values).to_device(self.device));
+            let _ = labels.index_copy_(1, &slots, &found.to_kind(Kind::Int64).index_select(0, &at).tr());
             let bank = BankRows {
                 global: take("global")?,
                 backbone: take("backbone")?,
@@ -94,7 +88,7 @@ impl Learner {
             restored += rows.len();
         }
         ensure!(restored == subset.len(), "commit {} holds {restored} of {} bank rows", commit.seq, subset.len());
-        self.clusters = joint_labels(&labels);
+        self.clusters = joint_labels(&labels, self.params.clusters);
         self.labels = labels;
         Ok(())
     }

@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use sgcl::augment::ViewParams;
-use sgcl::bank::Banks;
+use sgcl::bank::{Banks, ShardPlan};
 use sgcl::collective::{Collective, Solo};
 use sgcl::draws::HardRanks;
 use sgcl::model::Model;
 use sgcl::neighbours::Lattice;
-use sgcl::objective::{Params, Variant};
+use sgcl::objective::{Candidates, HardBy, Params, Variant};
 use sgcl::optim::Sgd;
 use sgcl::weights;
 use sgcl_c10d::{Buckets, Interface, ProcessGroup, Reducer, Store as Rendezvous};
@@ -22,7 +22,7 @@ use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
 
 use super::ring::Ring;
-use super::step::Learner;
+use super::step::{Draws, Learner};
 use super::train::{Place, Position, Trainer};
 use crate::session::Session;
 
@@ -42,7 +42,7 @@ pub(crate) fn trainer(
     let device = device(&spec.config, local_rank)?;
 
     let ring = ring(session, assignment, address, device, &spec.config)?;
-    let mut learner = learner(&spec.config, &set, &subset, ring.as_deref(), device)?;
+    let mut learner = learner(&spec, &set, &subset, ring.as_deref(), device)?;
     let mut position = Position::default();
     if let Some(seq) = assignment.commit {
         let commit = runtime.block_on(Commits::new(&run).read(seq))?;
@@ -150,13 +150,8 @@ fn ring(
     Ok(Some(Box::new(Ring(group))))
 }
 
-fn learner(
-    config: &RunConfig,
-    set: &PatchSet,
-    subset: &Subset,
-    ring: Option<&Ring>,
-    device: Device,
-) -> Result<Learner> {
+fn learner(spec: &Spec, set: &PatchSet, subset: &Subset, ring: Option<&Ring>, device: Device) -> Result<Learner> {
+    let config = &spec.config;
     let n = i64::try_from(subset.len())?;
     let params = params(config)?;
     params.check(n)?;
@@ -178,17 +173,46 @@ fn learner(
         None => None,
     };
     let sgd = Sgd::new(parameters, config.optimizer.momentum, config.optimizer.weight_decay);
-    let banks = Banks::random(config.seed, n, i64::try_from(config.projector.dim)?, arch.width(), device);
+    let (rank, world) = ring.map_or((0, 1), |ring| (ring.rank(), ring.world()));
+    let banks = banks(config, n, arch.width(), &nodes(spec, world), rank, device)?;
     let index = set.index();
     let rows = subset.rows();
     let column = |values: &[i32]| rows.iter().map(|&id| values[id as usize]).collect::<Vec<_>>();
     let slides: Vec<u32> = rows.iter().map(|&id| index.slides()[id as usize]).collect();
     let lattice = Lattice::new(&slides, &column(index.xs()), &column(index.ys()))?;
-    let hard_ranks =
-        HardRanks::new(usize::try_from(params.top(n))?, usize::try_from(params.hard)?, config.objective.hard_beta);
-    let labels = Tensor::zeros([i64::try_from(config.kmeans.runs)?, n], (Kind::Int64, device));
-    let clusters = Tensor::zeros([n], (Kind::Int64, device));
-    Ok(Learner { model, sgd, banks, labels, clusters, lattice, params, hard_ranks, seed: config.seed, device, reducer })
+    let candidates = match config.objective.sample(n.try_into()?, world) {
+        Some(rows) => {
+            tracing::info!(rows, patches = n, world, "a step looks through a sample of the bank");
+            Candidates::Sampled(i64::try_from(rows)?)
+        }
+        None => Candidates::Exact,
+    };
+    let looked_through = match candidates {
+        Candidates::Sampled(rows) => rows,
+        Candidates::Exact => n,
+    };
+    let top = usize::try_from(params.top(looked_through))?;
+    let hard_ranks = HardRanks::new(top, usize::try_from(params.hard)?, config.objective.hard_beta);
+    let labels = Tensor::zeros([i64::try_from(config.kmeans.runs)?, banks.held()], (Kind::Int64, device));
+    let clusters = Tensor::zeros([banks.held()], (Kind::Int64, device));
+    let draws = Draws { seed: config.seed, hard_ranks, candidates };
+    Ok(Learner { model, sgd, banks, labels, clusters, lattice, params, draws, device, reducer })
+}
+
+/// The node of each rank: ranks are numbered node by node.
+fn nodes(spec: &Spec, world: usize) -> Vec<usize> {
+    (0..world).map(|rank| rank / spec.ranks_per_node.max(1) as usize).collect()
+}
+
+fn banks(config: &RunConfig, n: i64, backbone: i64, nodes: &[usize], rank: usize, device: Device) -> Result<Banks> {
+    let dtype = match config.bank.dtype {
+        config::BankDtype::Fp32 => Kind::Float,
+        config::BankDtype::Bf16 => Kind::BFloat16,
+        config::BankDtype::Fp16 => Kind::Half,
+    };
+    let plan = ShardPlan::new(nodes, config.bank.replicas > 0);
+    let widths = [i64::try_from(config.projector.dim)?, backbone];
+    Ok(Banks::random(config.seed, n, widths, plan, rank, (dtype, device)))
 }
 
 fn params(config: &RunConfig) -> Result<Params> {
@@ -203,6 +227,7 @@ fn params(config: &RunConfig) -> Result<Params> {
         nearest: i64::try_from(objective.nearest)?,
         negatives: i64::try_from(objective.negatives)?,
         hard: i64::try_from(objective.hard)?,
+        hard_by: HardBy::Auto,
         top_fraction: objective.top_fraction,
         t_instance: objective.t_instance,
         t_spatial: objective.t_spatial,

@@ -5,12 +5,12 @@
 //! with the same weights, for the same reason.
 
 use anyhow::{Context, Result};
-use sgcl::bank::{BankRows, Banks};
+use sgcl::bank::Banks;
 use sgcl::collective::Collective;
 use sgcl::draws::{self, HardRanks};
 use sgcl::model::{Model, Outputs};
 use sgcl::neighbours::Lattice;
-use sgcl::objective::{self, Negatives, Params, StepInputs, StepOutput};
+use sgcl::objective::{self, Candidates, HardKey, Negatives, Params, Pool, StepInputs, StepOutput};
 use sgcl::optim::Sgd;
 use sgcl_c10d::Reducer;
 use tch::{Device, Kind, Tensor};
@@ -31,11 +31,17 @@ pub(crate) struct Learner {
     pub(crate) clusters: Tensor,
     pub(crate) lattice: Lattice,
     pub(crate) params: Params,
-    pub(crate) hard_ranks: HardRanks,
-    pub(crate) seed: u64,
+    pub(crate) draws: Draws,
     pub(crate) device: Device,
     /// Averages gradients over ranks while backward runs; none in a world of one.
     pub(crate) reducer: Option<Reducer>,
+}
+
+/// What a step draws from, beside the epoch and the step.
+pub(crate) struct Draws {
+    pub(crate) seed: u64,
+    pub(crate) hard_ranks: HardRanks,
+    pub(crate) candidates: Candidates,
 }
 
 /// Where a step stands and who is in it.
@@ -51,6 +57,13 @@ pub(crate) struct StepPlan {
     pub(crate) rows: Vec<Vec<i64>>,
     /// Lanes a rank holds.
     pub(crate) lanes_per_rank: usize,
+}
+
+impl StepPlan {
+    /// Bank rows of the lanes that ranks work on at the same time: each rank's lane number `offset`.
+    fn together(&self, offset: usize) -> Vec<Vec<i64>> {
+        self.rows.iter().skip(offset).step_by(self.lanes_per_rank).cloned().collect()
+    }
 }
 
 /// What all ranks know after a step.
@@ -76,67 +89,82 @@ impl Learner {
         let initial = self.model.backbone.bn_stats();
         let mut stats = initial.zeros_like();
         let mut losses = Tensor::zeros([4], (Kind::Float, self.device));
-        let mut outputs = Vec::new();
-        let (first_lane, last) = (ring.rank() * plan.lanes_per_rank, batches.len() - 1);
+        let mut features = Vec::new();
         for (offset, batch) in batches.into_iter().enumerate() {
             // Where lanes are accumulated the last one's backward reduces what all of them left in the gradients.
-            if let (Some(reducer), true) = (&self.reducer, offset == last) {
+            if let (Some(reducer), true) = (&self.reducer, offset + 1 == plan.lanes_per_rank) {
                 reducer.prepare()?;
             }
+            let share = batch.patches.len() as f64 / anchors as f64;
+            let output = self.forward(&batch)?;
+            let loss = self.objective(ring, plan, offset, &output)?;
             if batch.patches.is_empty() {
                 // The epoch's tail has nothing for this lane, but the ring waits for its gradients: zeros.
                 let nothing: Tensor = parameters.iter().map(|p| p.sum(Kind::Float) * 0.0).sum();
                 sgcl_c10d::backward(&nothing)?;
-                continue;
+            } else {
+                // The reducer averages over ranks; a lane counts by its anchors.
+                sgcl_c10d::backward(&(&loss.total * (share * ring.world() as f64)))?;
+                let values = [&loss.intra, &loss.inter, &loss.inner, &loss.total].map(Tensor::detach);
+                losses += Tensor::stack(&values, 0) * share;
+                stats += self.model.backbone.bn_stats() * share;
+                self.model.backbone.set_bn_stats(&initial);
             }
-            let lane = first_lane + offset;
-            let share = batch.patches.len() as f64 / anchors as f64;
-            let (output, loss) = self.lane(plan, lane, &batch)?;
-            // The reducer averages over ranks; a lane counts by its anchors.
-            sgcl_c10d::backward(&(&loss.total * (share * ring.world() as f64)))?;
-            let values = Tensor::stack(&[&loss.intra, &loss.inter, &loss.inner, &loss.total].map(Tensor::detach), 0);
-            losses += values * share;
-            stats += self.model.backbone.bn_stats() * share;
-            self.model.backbone.set_bn_stats(&initial);
-            outputs.push(output);
+            features.push(loss.features);
         }
         let result = self.share(ring, &stats, &losses, stop)?;
         // torchvision counts passes in training mode: globals and locals, whatever the number of lanes.
         self.model.backbone.set_batches_tracked(i64::try_from(2 * (plan.total + 1))?);
         self.sgd.step(plan.lr);
-        self.update_banks(ring, plan, &outputs)?;
+        // After all lanes: what a step sees of the bank does not depend on how its lanes are dealt.
+        for (offset, features) in features.iter().enumerate() {
+            self.banks.apply(&plan.together(offset).concat(), features, self.params.bank_momentum)?;
+        }
         Ok(result)
     }
 
-    /// Forward pass and losses of one lane.
-    fn lane(&self, plan: &StepPlan, lane: usize, batch: &LaneBatch) -> Result<(Outputs, StepOutput)> {
-        let ids = &plan.rows[lane];
-        let output = self.model.forward(&batch.views.to_views(self.device), true);
-        let ql = output.ql.as_ref().context("the model gave no local views")?;
+    /// Queries of one lane; none where the lane is empty.
+    fn forward(&self, batch: &LaneBatch) -> Result<Outputs> {
+        if batch.patches.is_empty() {
+            let [dim, wide] = self.banks.widths();
+            let none = |width| Tensor::zeros([0, width], (Kind::Float, self.device));
+            return Ok(Outputs { q: none(dim), x: none(wide), ql: Some(none(dim)) });
+        }
+        Ok(self.model.forward(&batch.views.to_views(self.device), true))
+    }
+
+    /// Losses of this rank's lane, together with the lanes of the other ranks.
+    fn objective(&self, ring: &dyn Collective, plan: &StepPlan, offset: usize, output: &Outputs) -> Result<StepOutput> {
+        let ids = plan.together(offset);
         let spatial = ids
             .iter()
-            .map(|&id| self.lattice.neighbours(id, self.params.radius).context("a patch outside the lattice"))
+            .flatten()
+            .map(|&row| self.lattice.neighbours(row, self.params.radius).context("a patch outside the lattice"))
             .collect::<Result<Vec<_>>>()?;
-        let on_device = |values: &[i64]| Tensor::from_slice(values).to_device(self.device);
+        let Draws { seed, hard_ranks, candidates } = &self.draws;
+        let (epoch, step) = (plan.epoch, plan.step);
         let k = usize::try_from(self.params.negatives)?;
-        let (epoch, step, lane) = (plan.epoch, plan.step, lane as u64);
-        let negatives = draws::negatives(self.seed, epoch, step, lane, k, self.banks.len());
-        let loss = objective::step(
+        // Drawn for the step, whatever its lanes: the law that each query sees is the same.
+        let negatives = draws::negatives(*seed, epoch, step, 0, k, self.banks.len());
+        let ranks = hard_ranks.draw(*seed, epoch, step, 0);
+        Ok(objective::step(
             &StepInputs {
                 q: &output.q,
                 x: &output.x,
-                ql,
-                ids,
+                ql: output.ql.as_ref().context("the model gave no local views")?,
+                ids: &ids,
                 spatial: &spatial,
                 clusters: &self.clusters,
-                hard_ranks: &on_device(&self.hard_ranks.draw(self.seed, epoch, step, lane)),
-                negatives: &Negatives::Shared(on_device(&negatives)),
+                pool: &Pool::new(*candidates, &self.banks, *seed, epoch, step),
+                hard_ranks: &Tensor::from_slice(&ranks).to_device(self.device),
+                negatives: &Negatives::Shared(negatives),
+                key: HardKey::new(*seed, epoch, step),
                 inter_weight: plan.inter_weight,
             },
             &self.banks,
             &self.params,
-        )?;
-        Ok((output, loss))
+            ring,
+        )?)
     }
 
     /// One small all-reduce: BatchNorm's statistics, the losses, and whether anyone was asked to stop.
@@ -149,38 +177,5 @@ impl Learner {
         let tail: Vec<f32> = Vec::try_from(shared.narrow(0, width, 5).to_device(Device::Cpu))?;
         let losses = [0, 1, 2, 3].map(|at| f64::from(tail[at]));
         Ok(StepResult { losses, stop: tail[4] > 0.0 })
-    }
-
-    /// Gathers the step's features and blends them into the bank, on every rank alike.
-    fn update_banks(&mut self, ring: &dyn Collective, plan: &StepPlan, outputs: &[Outputs]) -> Result<()> {
-        let (dim, wide) = (self.banks.global.size()[1], self.banks.backbone.size()[1]);
-        let width = 5 * dim + wide;
-        // Lanes differ in length at an epoch's end only, and everybody knows by how much: pad, gather, cut.
-        let longest = plan.rows.iter().map(Vec::len).max().unwrap_or(0) as i64;
-        let gathered = tch::no_grad(|| -> Result<Tensor> {
-            let lanes = plan.lanes_per_rank as i64;
-            let mine = Tensor::zeros([lanes, longest, width], (Kind::Float, self.device));
-            for (lane, output) in (0..).zip(outputs) {
-                let ql = output.ql.as_ref().context("the model gave no local views")?;
-                let corners = ql.view([4, -1, dim]).transpose(0, 1).reshape([-1, 4 * dim]);
-                let features = Tensor::cat(&[&output.q, &output.x, &corners], 1);
-                mine.select(0, lane).narrow(0, 0, features.size()[0]).copy_(&features);
-            }
-            Ok(ring.all_gather(&mine)?)
-        })?;
-        let filled: Vec<Tensor> = (0_i64..)
-            .zip(&plan.rows)
-            .map(|(lane, rows)| gathered.select(0, lane).narrow(0, 0, rows.len() as i64))
-            .collect();
-        let features = Tensor::cat(&filled, 0);
-        let column = |from: i64, width: i64| features.narrow(1, from, width);
-        let rows = BankRows {
-            global: column(0, dim),
-            backbone: column(dim, wide),
-            corners: [0, 1, 2, 3].map(|corner| column(dim + wide + corner * dim, dim)),
-        };
-        let ids: Vec<i64> = plan.rows.iter().flatten().copied().collect();
-        self.banks.apply(&ids, &rows, self.params.bank_momentum)?;
-        Ok(())
     }
 }

@@ -11,7 +11,6 @@ use roaring::RoaringBitmap;
 use sgcl::augment::ViewParams;
 use sgcl::collective::Collective;
 use sgcl::kmeans::{self, KMeans};
-use sgcl::objective::joint_labels;
 use sgcl::schedule;
 use sgcl_patchset::{EpochPlan, PatchSet, ShardReader, Store, Subset};
 use sgcl_proto::v1;
@@ -146,9 +145,9 @@ impl Trainer {
             clusters: i64::try_from(config.clusters)?,
             iterations: i64::try_from(config.iterations)?,
         };
-        let (bank, seed, epoch) = (&self.learner.banks.global, self.spec.config.seed, u64::from(self.position.epoch));
-        let labels = kmeans::cluster(bank, size, seed, epoch, self.ring.as_ref())?;
-        self.learner.clusters = joint_labels(&labels);
+        let (banks, seed, epoch) = (&self.learner.banks, self.spec.config.seed, u64::from(self.position.epoch));
+        let labels = kmeans::cluster(banks, size, seed, epoch, self.ring.as_ref())?;
+        self.learner.clusters = kmeans::joint_labels(&labels, size.clusters);
         self.learner.labels = labels;
         Ok(())
     }
@@ -257,8 +256,8 @@ impl Trainer {
     /// Writes this rank's parts and waits until the coordinator has made a commit of all ranks'. Returns its number.
     fn commit(&mut self, session: &mut Session, done: bool) -> Result<u64> {
         self.tell(session, "checkpoint", self.position.epoch_step, BTreeMap::new(), 0.0);
-        let Place { rank, world, generation } = self.place;
-        let parts = self.learner.snapshot(rank, world, &self.subset)?;
+        let Place { rank, generation, .. } = self.place;
+        let parts = self.learner.snapshot(rank, &self.subset)?;
         let writer = PartWriter::new(&self.run, generation, self.position.step);
         let parts = self.runtime.block_on(checkpoint::write(&writer, parts))?;
         let progress_json = if rank == 0 {

@@ -9,7 +9,7 @@ use sgcl_draw::{Purpose, rng};
 
 use super::tiles::{Tile, Tiles};
 use super::whole::{self, Plan};
-use super::{GROUP, IngestError, IngestOptions, SlideError};
+use super::{GROUP, IngestError, IngestOptions, Skipped, SlideError, labels};
 
 /// Most files of a folder that are looked at.
 const MAX_FILES: usize = 20_000_000;
@@ -30,6 +30,20 @@ enum Kind {
 }
 
 impl Unit {
+    /// What an earlier ingest left out of it, where it made `kept` patches. Of a slide that is for tissue detection to say.
+    pub(crate) fn left_out(&self, kept: u32) -> Option<Skipped> {
+        let Kind::Tiles(Tiles { tiles, .. }) = &self.kind else { return None };
+        let missing = tiles.len().saturating_sub(kept as usize);
+        (missing > 0).then(|| Skipped {
+            source: self.source.clone(),
+            reason: format!("{missing} of its {} images could not be read when {} was made", tiles.len(), self.name),
+        })
+    }
+
+    fn is_loose(&self) -> bool {
+        matches!(self.kind, Kind::Tiles(Tiles { spatial: false, .. }))
+    }
+
     /// Opens it and decides what will be read.
     pub(crate) fn plan(self, options: &IngestOptions) -> Result<Plan, SlideError> {
         match self.kind {
@@ -96,12 +110,14 @@ fn folder(root: &Path, seed: u64, units: &mut Vec<Unit>) -> Result<(), IngestErr
     }
     for (name, tiles) in slides {
         let source = format!("{} in {}", name, root.display());
-        let fingerprint = format!("{} tiles", tiles.len());
+        let fingerprint = state(tiles.iter().map(|tile| tile.path.as_path()));
         units.push(Unit { name, source, fingerprint, kind: Kind::Tiles(Tiles { tiles, spatial: true }) });
     }
     loose.shuffle(&mut rng(seed, Purpose::Ingest, 0, 1));
     let mut loose = loose.into_iter().peekable();
-    for number in 0.. {
+    // Folders given together number on.
+    let first = units.iter().filter(|unit| unit.is_loose()).count();
+    for number in first.. {
         let mut tiles: Vec<Tile> = loose.by_ref().take(GROUP).collect();
         if tiles.is_empty() {
             break;
@@ -110,7 +126,7 @@ fn folder(root: &Path, seed: u64, units: &mut Vec<Unit>) -> Result<(), IngestErr
         for (tile, x) in tiles.iter_mut().zip((0..).step_by(1000)) {
             tile.x = x;
         }
-        let fingerprint = format!("{} images, seed {seed}", tiles.len());
+        let fingerprint = state(tiles.iter().map(|tile| tile.path.as_path()));
         units.push(Unit {
             name: format!("loose-{number:03}"),
             source: root.display().to_string(),
@@ -123,14 +139,21 @@ fn folder(root: &Path, seed: u64, units: &mut Vec<Unit>) -> Result<(), IngestErr
 
 fn whole_unit(path: &Path) -> Result<Unit, IngestError> {
     let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-    let meta = path.metadata().map_err(|e| bad(path, &e.to_string()))?;
-    let modified = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok()).map_or(0, |d| d.as_millis());
-    Ok(Unit {
-        name,
-        source: path.display().to_string(),
-        fingerprint: format!("{} bytes of {modified}", meta.len()),
-        kind: Kind::Whole(path.to_owned()),
-    })
+    path.metadata().map_err(|e| bad(path, &e.to_string()))?;
+    let fingerprint = state([path].into_iter().chain(labels::sidecars(path).iter().map(PathBuf::as_path)));
+    Ok(Unit { name, source: path.display().to_string(), fingerprint, kind: Kind::Whole(path.to_owned()) })
+}
+
+/// Tells one state of some files from another: their names, lengths and times of change. A file that is not there counts as such.
+fn state<'a>(files: impl Iterator<Item = &'a Path>) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for file in files {
+        let meta = file.metadata().ok();
+        let modified = meta.as_ref().and_then(|meta| meta.modified().ok()?.duration_since(UNIX_EPOCH).ok());
+        let length = meta.map(|meta| meta.len());
+        hasher.update(format!("{}\0{length:?} {modified:?}\0", file_name(file)).as_bytes());
+    }
+    hasher.finalize().to_hex()[..32].to_owned()
 }
 
 /// x and y of `<slide>_<x>_<y>_<level>.png`.

@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rayon::prelude::*;
 
 use super::pixels::{Pixels, Rgb};
-use super::whole::{Plan, Work};
-use super::{IngestOptions, SlideError, SlideReport};
+use super::preview::{self, Mosaic};
+use super::whole::{Plan, Read, Work};
+use super::{IngestOptions, Skipped, SlideError, SlideReport};
+use crate::lattice;
 use crate::writer::{SlideInfo, SlideWriter};
 
 const CHUNK: usize = 512;
@@ -38,6 +40,11 @@ impl Tiles {
         fingerprint: String,
         options: &IngestOptions,
     ) -> Result<Plan, SlideError> {
+        if self.spatial {
+            // Before anything is read, so that a dry run hears of it too.
+            let places: Vec<_> = self.tiles.iter().map(|tile| (tile.x, tile.y)).collect();
+            lattice::check(&places).map_err(|e| SlideError::Skip(e.to_string()))?;
+        }
         let reach = |at: fn(&Tile) -> i32| self.tiles.iter().map(at).max().map_or(0, |most| most.max(0) as u32 + 1);
         let grid = [reach(|tile| tile.x), reach(|tile| tile.y)];
         let side = u64::from(options.patch_px);
@@ -56,54 +63,86 @@ impl Tiles {
     }
 }
 
-/// Reads tiles into `slide`. JPEGs go in as they are, others are encoded.
+/// Reads tiles into `slide`. JPEGs go in as they are, others are encoded. Damaged ones are left out and named.
 pub(crate) fn read(
     info: SlideInfo,
     tiles: &[Tile],
     mut slide: Option<SlideWriter>,
     options: &IngestOptions,
     tell: &(impl Fn(u64, u64) + Sync),
-) -> Result<(Option<SlideWriter>, SlideReport), SlideError> {
+) -> Result<Read, SlideError> {
     let done = AtomicU64::new(0);
+    let mut mosaic = if info.spatial { Mosaic::new(tiles.iter().map(|tile| (tile.x, tile.y))) } else { None };
+    let mut damaged = Vec::new();
     for chunk in tiles.chunks(CHUNK) {
-        let jpegs = chunk
+        let loaded: Vec<_> = chunk
             .par_iter()
             .map(|tile| {
-                let jpeg = jpeg(tile, options)?;
+                let loaded = load(tile, options, mosaic.as_ref());
                 tell(done.fetch_add(1, Ordering::Relaxed) + 1, tiles.len() as u64);
-                Ok(jpeg)
+                loaded
             })
-            .collect::<Result<Vec<_>, SlideError>>()?;
-        for (tile, jpeg) in chunk.iter().zip(&jpegs) {
-            if let Some(slide) = &mut slide {
-                slide.push(tile.x, tile.y, Some(&tile.class), jpeg)?;
+            .collect();
+        for (tile, loaded) in chunk.iter().zip(loaded) {
+            match loaded {
+                Ok((jpeg, small)) => {
+                    if let Some((mosaic, small)) = mosaic.as_mut().zip(small) {
+                        mosaic.put(tile.x, tile.y, &small);
+                    }
+                    if let Some(slide) = &mut slide {
+                        slide.push(tile.x, tile.y, Some(&tile.class), &jpeg)?;
+                    }
+                }
+                Err(SlideError::Skip(reason)) => {
+                    damaged.push(Skipped { source: tile.path.display().to_string(), reason });
+                }
+                Err(fatal) => return Err(fatal),
             }
         }
     }
-    let kept = tiles.len() as u64;
-    Ok((slide, SlideReport { name: info.name, kept, dropped: 0, labelled: kept, mpp: info.mpp, resumed: false }))
+    let kept = (tiles.len() - damaged.len()) as u64;
+    if kept == 0 {
+        let first =
+            damaged.first().map_or_else(String::new, |d| format!(", the first because {}: {}", d.source, d.reason));
+        return Err(SlideError::Skip(format!("none of its {} images could be taken{first}", tiles.len())));
+    }
+    if let Some(mosaic) = mosaic {
+        let picture = mosaic.jpeg()?;
+        if let Some(folder) = &options.previews {
+            preview::save(folder, &info.name, picture.clone())?;
+        }
+        if let Some(slide) = &mut slide {
+            slide.preview(picture);
+        }
+    }
+    let report =
+        SlideReport { name: info.name, kept, dropped: Some(0), labelled: Some(kept), mpp: info.mpp, resumed: false };
+    Ok(Read { slide, report, damaged })
 }
 
-fn jpeg(tile: &Tile, options: &IngestOptions) -> Result<Vec<u8>, SlideError> {
-    let skip = |reason: String| SlideError::Skip(format!("{}: {reason}", tile.path.display()));
+/// A tile's JPEG, and the tile made small for a picture of the slide.
+fn load(tile: &Tile, options: &IngestOptions, mosaic: Option<&Mosaic>) -> Result<(Vec<u8>, Option<Rgb>), SlideError> {
+    let skip = |reason: String| SlideError::Skip(reason);
     let size = tile.path.metadata().map_err(|e| skip(e.to_string()))?.len();
     if size > MAX_BYTES {
         return Err(skip(format!("{size} bytes are too many for a tile")));
     }
     let bytes = std::fs::read(&tile.path).map_err(|e| skip(e.to_string()))?;
     let is_jpeg = bytes.starts_with(&[0xff, 0xd8]) && bytes.ends_with(&[0xff, 0xd9]);
-    let (width, height, encoded) = if is_jpeg {
+    let image = if is_jpeg {
         let image = crate::decode::decode(&bytes).map_err(|e| skip(e.to_string()))?;
-        (image.width, image.height, bytes)
+        Rgb { width: image.width, height: image.height, pixels: image.pixels }
     } else {
-        let Pixels::Image(image) = Pixels::open(&tile.path).map_err(|e| skip(e.to_string()))? else {
+        let Pixels::Image(image) = Pixels::open(&tile.path)? else {
             return Err(skip("a tile is an image, not a slide".into()));
         };
-        let Rgb { width, height, .. } = image;
-        (width, height, image.jpeg(options.quality)?)
+        image
     };
-    if (width, height) != (options.patch_px, options.patch_px) {
+    if (image.width, image.height) != (options.patch_px, options.patch_px) {
+        let (width, height) = (image.width, image.height);
         return Err(skip(format!("the tile is {width}×{height} px; call ingest with --patch-px {width}")));
     }
-    Ok(encoded)
+    let jpeg = if is_jpeg { bytes } else { image.jpeg(options.quality)? };
+    let small = mosaic.map(|mosaic| mosaic.small(image)).transpose()?;
+    Ok((jpeg, small))
 }

@@ -9,7 +9,7 @@ use super::labels::LabelMap;
 use super::pixels::{Pixels, Rgb};
 use super::tiles::Tile;
 use super::tissue::Overview;
-use super::{IngestError, IngestOptions, Scale, SlideError, SlideReport, preview};
+use super::{IngestOptions, Scale, Skipped, SlideError, SlideReport, preview};
 use crate::writer::{SlideInfo, SlideWriter};
 
 /// Tiles encoded before they are handed on: bounds the memory.
@@ -101,6 +101,15 @@ pub(crate) fn plan(path: &Path, name: &str, fingerprint: String, options: &Inges
     Ok(Plan { info, work: Work::Grid(Box::new(grid)) })
 }
 
+/// What came of reading a slide.
+pub(crate) struct Read {
+    /// The slide that was written into, if there is one.
+    pub(crate) slide: Option<SlideWriter>,
+    pub(crate) report: SlideReport,
+    /// Files of it that could not be read.
+    pub(crate) damaged: Vec<Skipped>,
+}
+
 impl Plan {
     /// Reads the patches into `slide`, if there is one, and gives it back.
     pub(crate) fn read(
@@ -108,7 +117,7 @@ impl Plan {
         slide: Option<SlideWriter>,
         options: &IngestOptions,
         tell: &(impl Fn(u64, u64) + Sync),
-    ) -> Result<(Option<SlideWriter>, SlideReport), SlideError> {
+    ) -> Result<Read, SlideError> {
         match self.work {
             Work::Grid(grid) => grid.read(self.info, slide, options, tell),
             Work::Files(tiles) => super::tiles::read(self.info, &tiles, slide, options, tell),
@@ -123,7 +132,7 @@ impl Grid {
         mut slide: Option<SlideWriter>,
         options: &IngestOptions,
         tell: &(impl Fn(u64, u64) + Sync),
-    ) -> Result<(Option<SlideWriter>, SlideReport), SlideError> {
+    ) -> Result<Read, SlideError> {
         let side = f64::from(options.patch_px) * self.downsample;
         let [columns, rows] = info.grid;
         let all: Vec<(u32, u32)> = (0..rows).flat_map(|y| (0..columns).map(move |x| (x, y))).collect();
@@ -169,20 +178,17 @@ impl Grid {
         }
         if let Some(folder) = &options.previews {
             let tiles: Vec<_> = all.iter().zip(&flags).map(|(&(x, y), &kept)| (corner(x), corner(y), kept)).collect();
-            let picture = preview::decorated(&self.overview, &tiles, side)?;
-            let file = folder.join(format!("{}.jpg", info.name));
-            let written = std::fs::create_dir_all(folder).and_then(|()| std::fs::write(&file, picture));
-            written.map_err(|source| IngestError::Io { file: file.display().to_string(), source })?;
+            preview::save(folder, &info.name, preview::decorated(&self.overview, &tiles, side)?)?;
         }
         let report = SlideReport {
             name: info.name,
             kept: kept.len() as u64,
-            dropped: (all.len() - kept.len()) as u64,
-            labelled,
+            dropped: Some((all.len() - kept.len()) as u64),
+            labelled: Some(labelled),
             mpp: info.mpp,
             resumed: false,
         };
-        Ok((slide, report))
+        Ok(Read { slide, report, damaged: Vec::new() })
     }
 
     fn tile(&self, x: u32, y: u32, options: &IngestOptions) -> Result<Rgb, SlideError> {

@@ -75,6 +75,7 @@ fn number(store: &Store, manifest: &mut Manifest, heads: &[Head]) -> Result<(), 
         manifest.slides.push(SlideEntry {
             name: info.name.clone(),
             source: info.source.clone(),
+            fingerprint: info.fingerprint.clone(),
             level: info.level,
             mpp: info.mpp,
             width: info.width,

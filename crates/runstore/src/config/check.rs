@@ -114,6 +114,16 @@ impl RunConfig {
                 j.hard, j.top_fraction
             ));
         }
+        if let Some(rows) = j.sample(patches, ranks) {
+            let ranked = (j.top_fraction * rows as f64) as usize;
+            if j.hard > ranked {
+                problems.push(format!(
+                    "objective.hard {} is above objective.top_fraction {} × objective.candidate_rows {rows} = {ranked}: set \
+                     objective.candidate_rows higher",
+                    j.hard, j.top_fraction
+                ));
+            }
+        }
         if j.nearest as u64 >= patches {
             problems.push(format!(
                 "objective.nearest {} is not below the {patches} patches: set it to {} or less",

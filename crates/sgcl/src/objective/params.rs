@@ -10,6 +10,18 @@ pub enum Variant {
     Released,
 }
 
+/// How hard negatives are found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HardBy {
+    /// By rank where a step's scores are few enough to send, else by strata.
+    #[default]
+    Auto,
+    /// Rows at exactly the drawn ranks.
+    Rank,
+    /// Rows drawn within strata of the ranking.
+    Strata,
+}
+
 /// Constants of a step; defaults as published.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Params {
@@ -25,6 +37,8 @@ pub struct Params {
     pub negatives: i64,
     /// Hard negatives H.
     pub hard: i64,
+    /// How hard negatives are found.
+    pub hard_by: HardBy,
     /// Share of the ranking hard negatives come from.
     pub top_fraction: f64,
     /// Temperature of intra and inner.
@@ -46,6 +60,7 @@ impl Default for Params {
             nearest: 4096,
             negatives: 65_536,
             hard: 4096,
+            hard_by: HardBy::Auto,
             top_fraction: 0.2,
             t_instance: 0.2,
             t_spatial: 0.07,
@@ -121,11 +136,13 @@ impl Params {
     /// Refuses what does not fit a patch set of `n` patches.
     pub fn check(&self, n: i64) -> Result<(), ParamsError> {
         let positive = |v: f64| v > 0.0 && v.is_finite();
+        // Below, e^((s - 1)/T) of unrelated rows is no f32.
+        let warm = |v: f64| v >= 0.02 && v.is_finite();
         let share = |v: f64| v > 0.0 && v <= 1.0;
         for (name, value, fits, range) in [
             ("radius", self.radius, positive(self.radius), "(0, inf)"),
-            ("t_instance", self.t_instance, positive(self.t_instance), "(0, inf)"),
-            ("t_spatial", self.t_spatial, positive(self.t_spatial), "(0, inf)"),
+            ("t_instance", self.t_instance, warm(self.t_instance), "[0.02, inf)"),
+            ("t_spatial", self.t_spatial, warm(self.t_spatial), "[0.02, inf)"),
             ("top_fraction", self.top_fraction, share(self.top_fraction), "(0, 1]"),
             ("bank_momentum", self.bank_momentum, share(self.bank_momentum), "(0, 1]"),
         ] {

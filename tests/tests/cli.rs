@@ -27,7 +27,8 @@ fn text(path: &Path) -> String {
 /// Draws two slides into `folder` and returns their paths.
 fn slides(programs: &Programs, folder: &Path) -> Vec<String> {
     let out = text(folder);
-    programs.call(&["phantom", "--out", &out, "--slides", "2", "--size", "640", "--seed", "3"]).unwrap().success();
+    let _ =
+        programs.call(&["phantom", "--out", &out, "--slides", "2", "--size", "640", "--seed", "3"]).unwrap().success();
     let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     files.filter(|path| path.extension().is_some_and(|e| e == "tif")).map(|path| text(&path)).collect()
 }
@@ -35,7 +36,7 @@ fn slides(programs: &Programs, folder: &Path) -> Vec<String> {
 fn ingest(programs: &Programs, slides: &[String], to: &str) {
     let mut arguments = vec!["ingest", "--to", to, "--patch-px", "64", "--level", "0"];
     arguments.extend(slides.iter().map(String::as_str));
-    programs.call(&arguments).unwrap().success();
+    let _ = programs.call(&arguments).unwrap().success();
 }
 
 fn train<'a>(data: &'a str, bucket: &'a str, name: &'a str) -> Vec<&'a str> {
@@ -59,7 +60,7 @@ fn slides_become_weights_through_an_s3_server_alone() {
     assert!(!(run.stdout + &run.stderr).contains("sgcl-test-secret"), "a secret is on the screen");
 
     let weights = folder.path().join("weights");
-    programs.call(&["pull", "first", &text(&weights), "--bucket", bucket]).unwrap().success();
+    let _ = programs.call(&["pull", "first", &text(&weights), "--bucket", bucket]).unwrap().success();
     assert!(weights.join("backbone.pth").is_file() && weights.join("model.safetensors").is_file());
 
     let scores = programs.call(&["eval", "--data", data, "--bucket", bucket, "--weights", "first", "--output", "json"]);
@@ -111,7 +112,7 @@ fn a_full_disk_is_named_and_nothing_half_written_looks_whole() {
     // A checkpoint of ResNet-18 needs ten times this disk.
     let bucket = text(&disk.0.path().join("runs"));
     let run = programs.call(&train(&data, &bucket, "first")).unwrap();
-    assert_eq!(run.code, Some(74), "stdout:\n{}\nstderr:\n{}", run.stdout, run.stderr);
+    assert_eq!(run.code, Some(73), "stdout:\n{}\nstderr:\n{}", run.stdout, run.stderr);
     assert!(run.stderr.contains("No space left") && run.stderr.contains(&bucket), "{}", run.stderr);
     assert!(run.stderr.contains("hint: "), "{}", run.stderr);
     let commits = disk.0.path().join("runs/runs/first/commits");
@@ -124,7 +125,7 @@ fn a_full_disk_is_named_and_nothing_half_written_looks_whole() {
     let mut arguments = vec!["ingest", "--to", &small, "--patch-px", "64", "--level", "0"];
     arguments.extend(slides.iter().map(String::as_str));
     let ingest = programs.call(&arguments).unwrap();
-    assert_eq!(ingest.code, Some(74), "{}", ingest.stderr);
+    assert_eq!(ingest.code, Some(73), "{}", ingest.stderr);
     assert!(ingest.stderr.contains("No space left") && ingest.stderr.contains("hint: "), "{}", ingest.stderr);
     assert!(!disk.0.path().join("set/patchset.json").exists());
 }

@@ -402,8 +402,7 @@ fn world(args: &Args) -> Value {
                     let pool = Pool::exact(&banks);
                     let _ = ring.take_sent();
                     case.step(&mut banks, &params, &pool, &labels, &ring);
-                    let neighbours = case.spatial.iter().map(Vec::len).max().unwrap_or(0);
-                    (ring.take_sent(), banks.bytes(), wire(&args, &params, world as f64, neighbours as f64))
+                    (ring.take_sent(), banks.bytes(), wire(&args, &params, &case, world as f64))
                 })
             })
             .collect();
@@ -423,13 +422,14 @@ fn world(args: &Args) -> Value {
 }
 
 /// Bytes a rank sends in a step, hard negatives by rank: the table in `objective`'s documentation.
-fn wire(args: &Args, params: &Params, world: f64, neighbours: f64) -> f64 {
+fn wire(args: &Args, params: &Params, case: &Case, world: f64) -> f64 {
     let [d, db] = WIDTHS.map(|width| width as f64);
     let (b, n, a) = (args.batch as f64 * world, args.n as f64, params.auxiliary as f64);
     let most = (n / world).ceil();
     let even = params.nearest as f64 / world;
     let near = (even + 8.0 * even.sqrt() + 16.0).ceil().min(params.nearest as f64).min(most);
-    let top = (params.top(args.n) as f64).min(most);
+    let neighbours = case.spatial.iter().map(Vec::len).max().unwrap_or(0) as f64;
+    let top = (case.ranks.max().int64_value(&[]) as f64 + 1.0).min(most);
     let gathers = 4.0 * (b * (5.0 * d + db) + world * (1.0 + a) * b * near + world * b * top + b * (12.0 * d + 8.0));
     let reduces = 2.0 * (4.0 * b * (neighbours + a * d) + 8.0 * b * (1.0 + a));
     (world - 1.0) / world * (gathers + reduces)

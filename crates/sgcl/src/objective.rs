@@ -17,7 +17,7 @@
 //! | similarity to spatial neighbours (all-reduce) | B·L |
 //! | auxiliary anchors (all-reduce) | B·A·D, and B·(1 + A) labels of 8 bytes |
 //! | nearest scores | W·(1 + A)·B·c, c = `nearest`/W + 8·√(`nearest`/W) + 16 |
-//! | hard negatives, by rank | W·B·min(top, N/W) |
+//! | hard negatives, by rank | W·B·min(r, N/W), r one more than the last rank drawn |
 //! | hard negatives, by strata | histograms 2·B·8192 (all-reduce), keys of 8 bytes, about B·(H + 6·√(H·256) + 8·256) |
 //! | sums (reduce-scatter) | B·(12D + 8) |
 //!

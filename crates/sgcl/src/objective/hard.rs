@@ -70,7 +70,7 @@ pub(super) fn find(
         HardBy::Strata => false,
     };
     let (places, valid) = if by_rank {
-        ranked(&scores, top, inputs.hard_ranks, cx)?
+        ranked(&scores, inputs.hard_ranks, cx)?
     } else {
         stratified(&scores, top, inputs.hard_ranks, inputs.key, cx)?
     };
@@ -78,7 +78,9 @@ pub(super) fn find(
 }
 
 /// Rows at `ranks`: (B, H) places, and which are this rank's.
-fn ranked(scores: &Tensor, top: i64, ranks: &Tensor, cx: &Context<'_>) -> Result<(Tensor, Tensor), StepError> {
+fn ranked(scores: &Tensor, ranks: &Tensor, cx: &Context<'_>) -> Result<(Tensor, Tensor), StepError> {
+    // Nothing below the last rank that was drawn needs an order.
+    let top = ranks.max().int64_value(&[]) + 1;
     if cx.ring.world() == 1 {
         let places = scores.topk(top, 1, true, true).1.index_select(1, ranks);
         let valid = places.ones_like().to_kind(Kind::Bool);

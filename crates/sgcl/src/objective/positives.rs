@@ -117,7 +117,10 @@ fn unite(spatial: &RowLists, semantic: &RowLists, cx: &Context<'_>) -> (RowLists
     let valid = Tensor::cat(&[first, fresh], 1).logical_and(&counts);
     let near = order.lt(spatial.rows.size()[1]);
     let weight = (near.to_kind(Kind::Float) * (1.0 - cx.pool.weight()) + cx.pool.weight()) * &valid;
-    (RowLists { rows: sorted * counts, valid }, weight)
+    // Few of the nearest share a label: waiting for the longest list saves gathering the rest of all.
+    let longest = counts.sum_dim_intlist([1_i64].as_slice(), false, Kind::Int64).max().int64_value(&[]);
+    let cut = |t: &Tensor| t.narrow(1, 0, longest).contiguous();
+    (RowLists { rows: cut(&(sorted * &counts)), valid: cut(&valid) }, cut(&weight))
 }
 
 /// This rank's candidates among the `k` of all ranks that score highest: (B, c) places and which count. Every rank sends its best

@@ -19,6 +19,10 @@ pub mod exit {
     pub const USAGE: u8 = 64;
     /// The data is not what it should be; the user's to mend.
     pub const DATA: u8 = 65;
+    /// Storage that is not there, or that these keys do not open; the user's to mend.
+    pub const UNAVAILABLE: u8 = 69;
+    /// No space left; the user's to mend.
+    pub const CANNOT_CREATE: u8 = 73;
     /// The node was told to leave.
     pub const YIELDED: u8 = 75;
     /// The configuration does not fit; the user's to mend.

@@ -56,7 +56,7 @@ fn slides_become_weights_through_an_s3_server_alone() {
 
     let run = programs.call(&train(data, bucket, "first")).unwrap().success();
     let lines: Vec<Value> = run.stdout.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
-    assert!(lines.iter().any(|line| line["step"].as_u64() > Some(1)), "steps are told as they happen: {}", run.stdout);
+    assert!(lines.iter().any(|line| line["progress"]["step"].as_u64() > Some(1)), "steps are told as they happen");
     assert!(!(run.stdout + &run.stderr).contains("sgcl-test-secret"), "a secret is on the screen");
 
     let weights = folder.path().join("weights");
@@ -113,7 +113,7 @@ fn a_full_disk_is_named_and_nothing_half_written_looks_whole() {
     let bucket = text(&disk.0.path().join("runs"));
     let run = programs.call(&train(&data, &bucket, "first")).unwrap();
     assert_eq!(run.code, Some(73), "stdout:\n{}\nstderr:\n{}", run.stdout, run.stderr);
-    assert!(run.stderr.contains("No space left") && run.stderr.contains(&bucket), "{}", run.stderr);
+    assert!(run.stderr.contains("no space left") && run.stderr.contains(&bucket), "{}", run.stderr);
     assert!(run.stderr.contains("hint: "), "{}", run.stderr);
     let commits = disk.0.path().join("runs/runs/first/commits");
     let left = std::fs::read_dir(commits).map_or(0, Iterator::count);
@@ -126,6 +126,6 @@ fn a_full_disk_is_named_and_nothing_half_written_looks_whole() {
     arguments.extend(slides.iter().map(String::as_str));
     let ingest = programs.call(&arguments).unwrap();
     assert_eq!(ingest.code, Some(73), "{}", ingest.stderr);
-    assert!(ingest.stderr.contains("No space left") && ingest.stderr.contains("hint: "), "{}", ingest.stderr);
+    assert!(ingest.stderr.contains("no space left") && ingest.stderr.contains("hint: "), "{}", ingest.stderr);
     assert!(!disk.0.path().join("set/patchset.json").exists());
 }

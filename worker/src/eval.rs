@@ -92,7 +92,8 @@ pub(crate) fn main(
     ensure!((32..=1024).contains(&px), "--px {px} is not in 32..=1024");
     let set = runtime.block_on(PatchSet::open(&args.data))?;
     let task = Task::new(set, spec, args)?;
-    let reader = task.set.reader(None);
+    // The reader of a remote set keeps the runtime it is made in.
+    let reader = runtime.block_on(async { task.set.reader(None) });
     for encoder in &encoders {
         let backbone = runtime.block_on(load(encoder, arch, args))?;
         let features = extract(&backbone, &reader, &task.ids, px, |done| {

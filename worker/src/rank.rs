@@ -13,7 +13,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Args;
 use nix::sys::signal::Signal;
+use sgcl_patchset::StoreError;
 use sgcl_proto::{exit, v1};
+use sgcl_runstore::RunStoreError;
 use tokio::runtime::Handle;
 
 use crate::session::Session;
@@ -82,6 +84,15 @@ fn work(runtime: &Handle, args: &RankArgs, session: &mut Session, assignment: v1
 /// What a failure means to whoever restarts ranks: the user's to mend, or worth another try.
 pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
+        let store = match cause.downcast_ref::<RunStoreError>() {
+            Some(RunStoreError::Store(store)) => Some(store),
+            _ => cause.downcast_ref::<StoreError>(),
+        };
+        match store {
+            Some(StoreError::NoSpace { .. }) => return exit::CANNOT_CREATE,
+            Some(StoreError::NoBucket { .. } | StoreError::NoCredentials { .. }) => return exit::UNAVAILABLE,
+            _ => {}
+        }
         if cause.is::<sgcl_runstore::ConfigError>() || cause.is::<sgcl::objective::ParamsError>() {
             return exit::CONFIG;
         }

@@ -142,3 +142,22 @@ async fn a_damaged_shard_fails_the_run_with_its_name() {
         other => panic!("{other:?}"),
     }
 }
+
+#[rstest::rstest]
+#[case("npid")]
+#[case("npid-mcrop")]
+#[tokio::test(flavor = "multi_thread")]
+async fn the_family_trains_without_what_it_has_no_use_for(#[case] method: &str) {
+    let place = place(2, 9).await;
+    let config = config(&[&format!("method={method}"), "bank.dtype=bf16", "kmeans.clusters=100000"]);
+    assert_eq!(train(&place.bucket, &place.data, method, 1, 2, config).await, Outcome::Finished);
+    let run = run(&place.bucket, method);
+    let metrics = read_metrics(&run).await.unwrap();
+    let has = |name: &str| metrics.iter().all(|step| step.values.contains_key(name));
+    assert!(has("loss/intra") && has("bank/effective_rank"));
+    assert_eq!(has("loss/inner"), method == "npid-mcrop");
+    assert!(metrics.iter().all(|step| !step.values.contains_key("loss/inter")), "nothing is ranked");
+    let names: Vec<String> = state(&run).await.into_iter().map(|(name, _)| name).collect();
+    assert_eq!(names.iter().any(|name| name.ends_with(" tl")), method == "npid-mcrop");
+    assert!(!names.iter().any(|name| name.ends_with(" backbone")), "no bank for hard negatives");
+}

@@ -18,9 +18,27 @@ pub use load::{ConfigError, nearest};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Method {
-    /// Spatially guided contrastive learning.
+    /// Spatially guided contrastive learning: intra + inter + inner.
     #[default]
     Sgcl,
+    /// Instance discrimination: each patch against random patches (intra).
+    Npid,
+    /// The same with four local views of a patch (intra + inner).
+    NpidMcrop,
+}
+
+impl Method {
+    /// Whether neighbours, clusters and hard negatives are part of the loss.
+    #[must_use]
+    pub fn has_inter(self) -> bool {
+        matches!(self, Self::Sgcl)
+    }
+
+    /// Whether patches have local views.
+    #[must_use]
+    pub fn has_local_views(self) -> bool {
+        matches!(self, Self::Sgcl | Self::NpidMcrop)
+    }
 }
 
 /// Which form of the loss.
@@ -297,6 +315,16 @@ pub struct Objective {
     /// Rows of a step's sample, where `candidates` samples.
     #[schemars(range(min = 1024))]
     pub candidate_rows: usize,
+}
+
+impl RunConfig {
+    /// Floats of a patch in the bank.
+    #[must_use]
+    pub fn bank_row(&self) -> usize {
+        let views = if self.method.has_local_views() { 5 } else { 1 };
+        let backbone = if self.method.has_inter() { self.backbone.arch.feature_dim() } else { 0 };
+        views * self.projector.dim + backbone
+    }
 }
 
 impl Objective {

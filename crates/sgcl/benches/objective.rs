@@ -14,7 +14,7 @@ use std::process::Command;
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use sgcl::bank::{BankRows, Banks, ShardPlan, unit};
+use sgcl::bank::{BankRows, Banks, ShardPlan, Widths, unit};
 use sgcl::collective::{Collective, Solo, Threads};
 use sgcl::draws::{HardRanks, negatives};
 use sgcl::model::{Model, Views};
@@ -23,7 +23,7 @@ use sgcl::objective::{HardKey, Negatives, Params, Pool, StepInputs, StepOutput, 
 use tch::{Device, Kind, Tensor};
 
 /// ResNet-18's widths.
-const WIDTHS: [i64; 2] = [128, 512];
+const WIDTHS: Widths = Widths { dim: 128, backbone: 512, local: 128 };
 const SEED: u64 = 7;
 const HELP: &str = "\
 objective [--n ROWS] [--batch ANCHORS] [--repeat TIMES] [--dtype fp32|bf16|fp16] [--threads COUNT]
@@ -240,9 +240,9 @@ impl Case {
             ys,
             negatives: negatives(SEED, 0, 0, 0, params.negatives as usize, n),
             ranks: Tensor::from_slice(&hard.draw(SEED, 0, 0, 0)),
-            q: rows(args.batch, WIDTHS[0]).set_requires_grad(true),
-            x: rows(args.batch, WIDTHS[1]),
-            ql: rows(4 * args.batch, WIDTHS[0]).set_requires_grad(true),
+            q: rows(args.batch, WIDTHS.dim).set_requires_grad(true),
+            x: rows(args.batch, WIDTHS.backbone),
+            ql: rows(4 * args.batch, WIDTHS.dim).set_requires_grad(true),
         }
     }
 
@@ -369,7 +369,7 @@ fn sampled(args: &Args) -> Value {
 }
 
 fn network(args: &Args) -> Value {
-    let model = Model::new("resnet18".parse().unwrap(), WIDTHS[0], Device::Cpu);
+    let model = Model::new("resnet18".parse().unwrap(), WIDTHS.dim, Device::Cpu);
     model.init(SEED);
     let images = |count, side| Tensor::randn([count, 3, side, side], (Kind::Float, Device::Cpu));
     let views = Views { global: images(args.batch, 224), local: Some(images(4 * args.batch, 96)) };
@@ -423,7 +423,7 @@ fn world(args: &Args) -> Value {
 
 /// Bytes a rank sends in a step, hard negatives by rank: the table in `objective`'s documentation.
 fn wire(args: &Args, params: &Params, case: &Case, world: f64) -> f64 {
-    let [d, db] = WIDTHS.map(|width| width as f64);
+    let (d, db) = (WIDTHS.dim as f64, WIDTHS.backbone as f64);
     let (b, n, a) = (args.batch as f64 * world, args.n as f64, params.auxiliary as f64);
     let most = (n / world).ceil();
     let even = params.nearest as f64 / world;

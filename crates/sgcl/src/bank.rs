@@ -5,9 +5,11 @@
 
 mod moving;
 mod plan;
+mod spread;
 
 pub use moving::Moved;
 pub use plan::{SHARDS, ShardPlan, rows_in_shard, rows_of_shard, shard_of};
+pub use spread::Spread;
 
 use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
@@ -94,6 +96,17 @@ pub struct Banks {
     corners: [Tensor; 4],
 }
 
+/// Widths of bank rows. A method that has no use for a bank gives it width 0: it costs nothing then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Widths {
+    /// D, of the global bank.
+    pub dim: i64,
+    /// Db, of the backbone bank: for hard negatives.
+    pub backbone: i64,
+    /// Of the corner banks: D where there are local views.
+    pub local: i64,
+}
+
 /// Which of the banks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bank {
@@ -106,18 +119,18 @@ pub enum Bank {
 }
 
 impl Banks {
-    /// Random unit rows of `n` patches, those that `plan` gives to `rank`: a row is a function of (seed, row) alone. `dim` is D,
-    /// `backbone_dim` Db; `dtype` is `Float`, `BFloat16` or `Half`.
+    /// Random unit rows of `n` patches, those that `plan` gives to `rank`: a row is a function of (seed, row) alone. `dtype` is `Float`,
+    /// `BFloat16` or `Half`.
     #[must_use]
     pub fn random(
         seed: u64,
         n: i64,
-        [dim, backbone_dim]: [i64; 2],
+        widths: Widths,
         plan: ShardPlan,
         rank: usize,
         (dtype, device): (Kind, Device),
     ) -> Self {
-        let banks = Self::empty(n, [dim, backbone_dim], plan, rank, (dtype, device));
+        let banks = Self::empty(n, widths, plan, rank, (dtype, device));
         let rows: Vec<i64> = banks.held_rows();
         for (stream, (_, bank)) in (0..).zip(banks.named()) {
             for (block, start) in rows.chunks(BLOCK as usize).zip((0..).step_by(BLOCK as usize)) {
@@ -131,7 +144,9 @@ impl Banks {
     /// Whole banks of a world of one, from rows in order: (N, D), (N, Db), four of (N, D).
     #[must_use]
     pub fn from_rows(all: &BankRows, plan: ShardPlan, rank: usize) -> Self {
-        let (n, width) = (all.global.size()[0], [all.global.size()[1], all.backbone.size()[1]]);
+        let n = all.global.size()[0];
+        let [dim, backbone, local] = [&all.global, &all.backbone, &all.corners[0]].map(|bank| bank.size()[1]);
+        let width = Widths { dim, backbone, local };
         let banks = Self::empty(n, width, plan, rank, (all.global.kind(), all.global.device()));
         for ((_, bank), (_, from)) in banks.named().into_iter().zip(all.named()) {
             tch::no_grad(|| bank.shallow_clone().copy_(&from.index_select(0, &banks.rows)));
@@ -139,7 +154,7 @@ impl Banks {
         banks
     }
 
-    fn empty(n: i64, width: [i64; 2], plan: ShardPlan, rank: usize, (dtype, device): (Kind, Device)) -> Self {
+    fn empty(n: i64, widths: Widths, plan: ShardPlan, rank: usize, (dtype, device): (Kind, Device)) -> Self {
         let mut base = vec![-1; SHARDS as usize];
         let mut held = Vec::new();
         let mut lay = |shards: &mut dyn Iterator<Item = i64>| {
@@ -152,7 +167,6 @@ impl Banks {
         let owned = lay(&mut plan.owned(rank));
         let all = lay(&mut plan.copied(rank));
         let bank = |width: i64| Tensor::empty([all, width], (dtype, device));
-        let [dim, backbone_dim] = width;
         Self {
             base_tensor: Tensor::from_slice(&base).to_device(device),
             rows: Tensor::from_slice(&held).to_device(device),
@@ -161,9 +175,9 @@ impl Banks {
             n,
             base,
             owned,
-            global: bank(dim),
-            backbone: bank(backbone_dim),
-            corners: [(); 4].map(|()| bank(dim)),
+            global: bank(widths.dim),
+            backbone: bank(widths.backbone),
+            corners: [(); 4].map(|()| bank(widths.local)),
         }
     }
 
@@ -203,10 +217,11 @@ impl Banks {
         &self.plan
     }
 
-    /// D and Db.
+    /// Widths of rows.
     #[must_use]
-    pub fn widths(&self) -> [i64; 2] {
-        [self.global.size()[1], self.backbone.size()[1]]
+    pub fn widths(&self) -> Widths {
+        let [dim, backbone, local] = [&self.global, &self.backbone, &self.corners[0]].map(|bank| bank.size()[1]);
+        Widths { dim, backbone, local }
     }
 
     /// Bytes of bank rows on this rank.

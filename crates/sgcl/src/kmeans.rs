@@ -191,7 +191,7 @@ impl Lloyd<'_> {
 
     fn zeros(&self) -> (Tensor, Tensor) {
         let options = (Kind::Int64, self.banks.device());
-        (Tensor::zeros([self.clusters, self.banks.widths()[0]], options), Tensor::zeros([self.clusters, 1], options))
+        (Tensor::zeros([self.clusters, self.banks.widths().dim], options), Tensor::zeros([self.clusters, 1], options))
     }
 
     fn add(&self, sums: &mut Tensor, counts: &mut Tensor, labels: &Tensor, rows: &Tensor) {

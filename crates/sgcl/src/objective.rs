@@ -36,7 +36,7 @@ pub use params::{HardBy, Params, ParamsError, Variant};
 pub use pool::{Candidates, Pool};
 pub use positives::{Positives, RowLists};
 
-use crate::bank::{BankError, BankRows, Banks};
+use crate::bank::{BankError, BankRows, Banks, Widths};
 use crate::collective::{Collective, CollectiveError};
 use batch::Batch;
 use sums::Sums;
@@ -47,9 +47,9 @@ use tch::{Kind, Tensor};
 pub struct StepInputs<'a> {
     /// (b, D) unit rows of this rank's global views, with gradient; b may be 0 at an epoch's end.
     pub q: &'a Tensor,
-    /// (b, Db) unit rows of the backbone; no gradient flows into them.
+    /// (b, Db) unit rows of the backbone; no gradient flows into them. Looked at where there is an inter term.
     pub x: &'a Tensor,
-    /// (4b, D) unit rows of the local views, corner-major (tl, tr, bl, br), with gradient.
+    /// (4b, D) unit rows of the local views, corner-major (tl, tr, bl, br), with gradient; (4b, 0) where a method has none.
     pub ql: &'a Tensor,
     /// Bank rows of every rank's anchors, by rank.
     pub ids: &'a [Vec<i64>],
@@ -151,8 +151,13 @@ pub fn step(
     let cx = Context { banks, params: p, ring, pool: inputs.pool };
     let (batch, found, sums) = tch::no_grad(|| -> Result<_, StepError> {
         let batch = Batch::gather(inputs, &cx)?;
-        let positives = positives::find(&batch, inputs, &cx)?;
-        let hard = hard::find(&batch, &positives, inputs, &cx)?;
+        let (positives, hard) = if p.inter {
+            let positives = positives::find(&batch, inputs, &cx)?;
+            let hard = hard::find(&batch, &positives, inputs, &cx)?;
+            (positives, hard)
+        } else {
+            (Positives::none(&batch), RowLists::none(&batch))
+        };
         let sums = Sums::of(&batch, &positives, &hard, inputs, &cx)?;
         Ok((batch, Found { positives, hard }, sums))
     })?;
@@ -171,13 +176,18 @@ fn check(inputs: &StepInputs<'_>, banks: &Banks, p: &Params, ring: &dyn Collecti
     p.check(n)?;
     let anchors: usize = inputs.ids.iter().map(Vec::len).sum();
     let mine = inputs.ids.get(ring.rank()).map_or(0, |ids| ids.len() as i64);
-    let [d, db] = banks.widths();
+    let Widths { dim: d, backbone: db, local } = banks.widths();
     let shape = |name, expected: Vec<i64>, got: Vec<i64>| {
         if expected == got { Ok(()) } else { Err(StepError::Shape { name, expected, got }) }
     };
     shape("q", vec![mine, d], inputs.q.size())?;
-    shape("x", vec![mine, db], inputs.x.size())?;
-    shape("ql", vec![4 * mine, d], inputs.ql.size())?;
+    if p.inter {
+        shape("x", vec![mine, db], inputs.x.size())?;
+    }
+    shape("ql", vec![4 * mine, local], inputs.ql.size())?;
+    if p.inner {
+        shape("corner banks", vec![d], vec![local])?;
+    }
     shape("clusters", vec![banks.held()], inputs.clusters.size())?;
     shape("ids", vec![ring.world() as i64], vec![inputs.ids.len() as i64])?;
     shape("spatial", vec![anchors as i64], vec![inputs.spatial.len() as i64])?;

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use proptest::prelude::*;
-use sgcl::bank::{Bank, BankRows, Banks, ShardPlan, rows_of_shard, shard_of};
+use sgcl::bank::{Bank, BankRows, Banks, ShardPlan, Widths, rows_of_shard, shard_of};
 use sgcl::collective::Solo;
 use sgcl::draws::{HardRanks, negatives};
 use sgcl::kmeans::{KMeans, cluster, joint_labels};
@@ -87,7 +87,8 @@ fn negatives_are_uniform_and_a_function_of_seed_epoch_step_and_lane() {
     }
 }
 
-fn banks(seed: u64, n: i64, widths: [i64; 2]) -> Banks {
+fn banks(seed: u64, n: i64, [dim, backbone]: [i64; 2]) -> Banks {
+    let widths = Widths { dim, backbone, local: dim };
     Banks::random(seed, n, widths, ShardPlan::new(&[0], false), 0, (Kind::Float, Device::Cpu))
 }
 
@@ -97,7 +98,7 @@ fn all(banks: &Banks) -> BankRows {
 }
 
 fn rows_for(banks: &Banks, n: i64) -> BankRows {
-    let [dim, wide] = banks.widths();
+    let Widths { dim, backbone: wide, .. } = banks.widths();
     let ones = |width| Tensor::ones([n, width], (Kind::Float, Device::Cpu));
     BankRows { global: ones(dim), backbone: ones(wide), corners: [(); 4].map(|()| ones(dim)) }
 }
@@ -249,4 +250,80 @@ fn shared_negatives_give_the_loss_of_the_same_rows_per_anchor_and_isolated_ancho
     let inner_alike = run(Negatives::PerAnchor(rows[..4].repeat(8)));
     assert!(shared.iter().all(|v| v.is_finite()));
     assert!((shared[0] - intra_alike[0]).abs() < 1e-5 && (shared[1] - inner_alike[1]).abs() < 1e-5);
+}
+
+#[rstest::rstest]
+#[case::npid(false)]
+#[case::npid_mcrop(true)]
+fn methods_without_an_inter_term_are_instance_discrimination_and_nothing_else(#[case] inner: bool) {
+    let (n, d, b, k) = (120, 8, 3, 12);
+    let widths = Widths { dim: d, backbone: 0, local: if inner { d } else { 0 } };
+    let banks = Banks::random(seed(), n, widths, ShardPlan::new(&[0], false), 0, (Kind::Float, Device::Cpu));
+    let all = all(&banks);
+    let ids = [7_i64, 40, 99];
+    let rows = negatives(seed(), 0, 0, 0, k, n);
+    let other = Banks::random(
+        seed() + 1,
+        n,
+        Widths { local: d, ..widths },
+        ShardPlan::new(&[0], false),
+        0,
+        (Kind::Float, Device::Cpu),
+    );
+    let leaf = |t: Tensor| t.copy().set_requires_grad(true);
+    let q = leaf(self::all(&other).global.narrow(0, 0, b));
+    let ql = leaf(self::all(&other).corners[0].narrow(0, 0, 4 * b).narrow(1, 0, widths.local));
+    // The definition, with autograd: the own row against the drawn ones, the own row never a negative.
+    let cross_entropy = |q: &Tensor, own: &Tensor, negatives: &Tensor, hit: &Tensor| {
+        let positive = (q * own).sum_dim_intlist([1_i64].as_slice(), true, Kind::Float);
+        let logits = Tensor::cat(&[positive, q.matmul(&negatives.tr()).masked_fill(hit, f64::NEG_INFINITY)], 1) / 0.2;
+        logits.cross_entropy_for_logits(&Tensor::zeros([q.size()[0]], (Kind::Int64, Device::Cpu)))
+    };
+    let at = |bank: &Tensor, rows: &[i64]| bank.index_select(0, &Tensor::from_slice(rows));
+    let hit = |rows: &[i64]| Tensor::from_slice(&ids).unsqueeze(1).eq_tensor(&Tensor::from_slice(rows).unsqueeze(0));
+    let mut want = cross_entropy(&q, &at(&all.global, &ids), &at(&all.global, &rows), &hit(&rows));
+    if inner {
+        let quarter = &rows[..k / 4];
+        let negatives: Vec<Tensor> = all.corners.iter().map(|corner| at(corner, quarter)).collect();
+        let own: Vec<Tensor> = all.corners.iter().map(|corner| at(corner, &ids)).collect();
+        let hits = hit(quarter).repeat([4, 4]);
+        want += cross_entropy(&ql, &Tensor::cat(&own, 0), &Tensor::cat(&negatives, 0), &hits);
+    }
+    want.backward();
+    let gradients = |leaf: &Tensor| if leaf.grad().defined() { values(&leaf.grad()) } else { Vec::new() };
+    let expected = [vec![want.double_value(&[])], gradients(&q), gradients(&ql)].concat();
+    for leaf in [&q, &ql] {
+        if leaf.grad().defined() {
+            let _ = leaf.grad().zero_();
+        }
+    }
+    let out = step(
+        &StepInputs {
+            q: &q,
+            x: &Tensor::zeros([b, 0], (Kind::Float, Device::Cpu)),
+            ql: &ql,
+            ids: &[ids.to_vec()],
+            spatial: &[vec![], vec![], vec![]],
+            clusters: &Tensor::zeros([n], (Kind::Int64, Device::Cpu)),
+            pool: &Pool::exact(&banks),
+            hard_ranks: &Tensor::zeros([0], (Kind::Int64, Device::Cpu)),
+            negatives: &Negatives::Shared(rows.clone()),
+            key: HardKey::default(),
+            inter_weight: 1.0,
+        },
+        &banks,
+        &Params { inter: false, inner, negatives: k as i64, ..Params::default() },
+        &Solo,
+    )
+    .unwrap();
+    out.total.backward();
+    let found =
+        [vec![out.total.double_value(&[])], gradients(&q), if inner { gradients(&ql) } else { Vec::new() }].concat();
+    assert_eq!(found.len(), expected.len());
+    assert!(
+        found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5),
+        "{found:?} {expected:?}, SGCL_SEED={}",
+        seed()
+    );
+    assert_eq!(out.inter.double_value(&[]), 0.0);
 }

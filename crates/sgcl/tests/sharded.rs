@@ -4,7 +4,7 @@
 mod common;
 
 use common::seed;
-use sgcl::bank::{Bank, BankRows, Banks, ShardPlan, unit};
+use sgcl::bank::{Bank, BankRows, Banks, ShardPlan, Widths, unit};
 use sgcl::collective::{Collective, Solo, Threads};
 use sgcl::draws::{HardRanks, candidates, negatives};
 use sgcl::kmeans::{KMeans, cluster, inertia};
@@ -13,7 +13,7 @@ use std::collections::BTreeSet;
 use tch::{Device, Kind, Tensor};
 
 const N: i64 = 6000;
-const WIDTHS: [i64; 2] = [16, 24];
+const WIDTHS: Widths = Widths { dim: 16, backbone: 24, local: 16 };
 const ANCHORS: i64 = 12;
 
 const CPU: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -359,11 +359,35 @@ fn moving_shards_leaves_every_row_as_it_was() {
 }
 
 #[test]
+fn spread_tells_an_even_bank_from_a_collapsed_one_in_any_world() {
+    let spread = |world: usize, pull: f64| {
+        everywhere(world, move |ring| {
+            let mut banks = Banks::random(seed(), N, WIDTHS, plan(ring.world(), false), ring.rank(), CPU);
+            let mine = banks.owned_rows();
+            let rows = banks.rows(&mine).unwrap();
+            let towards = Tensor::eye(WIDTHS.dim, CPU).get(0).unsqueeze(0);
+            let global = unit(&(&rows.global * (1.0 - pull) + towards * pull));
+            banks.put(&mine, &BankRows { global, ..rows }).unwrap();
+            banks.spread(&ring).unwrap()
+        })
+    };
+    let even = spread(1, 0.0)[0];
+    assert!((even.deviation - 1.0).abs() < 0.01 && even.effective_rank > 15.9 && !even.collapsed(), "{even:?}");
+    let one = spread(1, 0.97)[0];
+    assert!(one.collapsed(), "{one:?}");
+    for other in spread(3, 0.97) {
+        assert!(
+            (other.deviation - one.deviation).abs() < 1e-9 && (other.effective_rank - one.effective_rank).abs() < 1e-6
+        );
+    }
+}
+
+#[test]
 fn memory_of_a_rank_shrinks_with_the_world() {
     let bytes = |world: usize, replicas: bool| banks(plan(world, replicas), 0, Kind::Float).bytes() as f64;
     let one = bytes(1, true);
     assert!(bytes(4, false) <= 0.3 * one && bytes(4, true) <= 0.55 * one);
     assert!(banks(plan(1, true), 0, Kind::Half).bytes() as f64 <= 0.5 * one);
     assert_eq!(Solo.world(), 1);
-    assert_eq!(banks(plan(4, true), 0, Kind::Float).bank(Bank::Backbone).size()[1], WIDTHS[1]);
+    assert_eq!(banks(plan(4, true), 0, Kind::Float).bank(Bank::Backbone).size()[1], WIDTHS.backbone);
 }

@@ -20,6 +20,7 @@ use crate::exit::Exit;
 use crate::output::{Out, count, warn};
 use crate::progress::RunProgress;
 use crate::worker;
+use sgcl_runstore::config::BankDtype;
 
 pub(crate) async fn main(args: RunArgs, out: Out) -> Result<Exit> {
     let name =
@@ -102,7 +103,9 @@ fn configuration(args: &RunArgs, stored: Option<&Spec>) -> Result<RunConfig> {
 fn describe(name: &RunName, config: &RunConfig, set: &PatchSet, patches: usize, world: usize, out: Out) {
     let batch = config.global_batch(world);
     let held_out = set.len() - patches;
-    let row = 4 * (5 * config.projector.dim + config.backbone.arch.feature_dim());
+    let copies = 1 + usize::from(world > 1 && config.bank.replicas > 0);
+    let bytes = if config.bank.dtype == BankDtype::Fp32 { 4 } else { 2 };
+    let bank = config.bank_row() * bytes * patches.div_ceil(world) * copies;
     out.note(format!("run {name}: {} for {} epochs", config.backbone.arch.name(), config.epochs));
     out.note(format!(
         "  patches  {} of {} slides{}",
@@ -116,7 +119,7 @@ fn describe(name: &RunName, config: &RunConfig, set: &PatchSet, patches: usize, 
         count(patches.div_ceil(batch)),
         config.base_lr(world)
     ));
-    out.note(format!("  bank     {} a rank", indicatif::HumanBytes((row * patches) as u64)));
+    out.note(format!("  bank     {} a rank", indicatif::HumanBytes(bank as u64)));
 }
 
 /// Coordinates the run and shows it; Ctrl-C stops it in good order, a second one at once.

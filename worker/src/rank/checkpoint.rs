@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
-use sgcl::bank::BankRows;
+use sgcl::bank::{BankRows, Widths};
 use sgcl::kmeans::joint_labels;
 use sgcl_patchset::{Store, Subset};
 use sgcl_runstore::checkpoint::read_tensors;
@@ -39,7 +39,10 @@ impl Learner {
         let mut bank =
             vec![to_stored("ids", &Tensor::from_slice(&ids))?, to_stored("labels", &labels.tr().contiguous())?];
         for (name, tensor) in BANKS.into_iter().zip([global, backbone, tl, tr, bl, br]) {
-            bank.push(to_stored(name, &tensor)?);
+            // A method without a bank keeps it at width 0.
+            if tensor.size()[1] > 0 {
+                bank.push(to_stored(name, &tensor)?);
+            }
         }
         parts.push((PartKind::Bank, format!("bank-{rank}"), bank));
         Ok(parts)
@@ -79,10 +82,18 @@ impl Learner {
                 (0_i64..).zip(&rows).filter_map(|(at, &row)| Some((at, self.banks.slot(row)?))).unzip();
             let [at, slots] = [at, slots].map(|values| Tensor::from_slice(&values).to_device(self.device));
             let _ = labels.index_copy_(1, &slots, &found.to_kind(Kind::Int64).index_select(0, &at).tr());
+            let mut bank = |name: &str, width: i64| {
+                if width == 0 {
+                    Ok(Tensor::zeros([rows.len() as i64, 0], (Kind::Float, self.device)))
+                } else {
+                    take(name)
+                }
+            };
+            let Widths { dim, backbone, local } = self.banks.widths();
             let bank = BankRows {
-                global: take("global")?,
-                backbone: take("backbone")?,
-                corners: [take("tl")?, take("tr")?, take("bl")?, take("br")?],
+                global: bank("global", dim)?,
+                backbone: bank("backbone", backbone)?,
+                corners: [bank("tl", local)?, bank("tr", local)?, bank("bl", local)?, bank("br", local)?],
             };
             self.banks.put(&rows, &bank)?;
             restored += rows.len();

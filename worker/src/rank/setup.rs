@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use sgcl::augment::ViewParams;
-use sgcl::bank::{Banks, ShardPlan};
+use sgcl::bank::{Banks, ShardPlan, Widths};
 use sgcl::collective::{Collective, Solo};
 use sgcl::draws::HardRanks;
 use sgcl::model::Model;
@@ -79,6 +79,7 @@ pub(crate) fn trainer(
         ring,
         learner,
         position,
+        spread: None,
     })
 }
 
@@ -211,7 +212,12 @@ fn banks(config: &RunConfig, n: i64, backbone: i64, nodes: &[usize], rank: usize
         config::BankDtype::Fp16 => Kind::Half,
     };
     let plan = ShardPlan::new(nodes, config.bank.replicas > 0);
-    let widths = [i64::try_from(config.projector.dim)?, backbone];
+    let dim = i64::try_from(config.projector.dim)?;
+    let widths = Widths {
+        dim,
+        backbone: if config.method.has_inter() { backbone } else { 0 },
+        local: if config.method.has_local_views() { dim } else { 0 },
+    };
     Ok(Banks::random(config.seed, n, widths, plan, rank, (dtype, device)))
 }
 
@@ -222,6 +228,8 @@ fn params(config: &RunConfig) -> Result<Params> {
             config::Variant::Exact => Variant::Exact,
             config::Variant::Released => Variant::Released,
         },
+        inter: config.method.has_inter(),
+        inner: config.method.has_local_views(),
         radius: objective.radius,
         auxiliary: i64::try_from(objective.aux)?,
         nearest: i64::try_from(objective.nearest)?,
@@ -241,7 +249,7 @@ fn views(config: &RunConfig) -> ViewParams {
     let views = &config.views;
     ViewParams {
         global_px: views.global_px,
-        local_px: views.local_px,
+        local_px: if config.method.has_local_views() { views.local_px } else { 0 },
         global_scale: views.global_scale.into(),
         local_scale: views.local_scale.into(),
         ..ViewParams::default()

@@ -5,7 +5,7 @@
 //! with the same weights, for the same reason.
 
 use anyhow::{Context, Result};
-use sgcl::bank::Banks;
+use sgcl::bank::{Banks, Widths};
 use sgcl::collective::Collective;
 use sgcl::draws::{self, HardRanks};
 use sgcl::model::{Model, Outputs};
@@ -114,7 +114,8 @@ impl Learner {
         }
         let result = self.share(ring, &stats, &losses, stop)?;
         // torchvision counts passes in training mode: globals and locals, whatever the number of lanes.
-        self.model.backbone.set_batches_tracked(i64::try_from(2 * (plan.total + 1))?);
+        let passes = 1 + u64::from(self.params.inner);
+        self.model.backbone.set_batches_tracked(i64::try_from(passes * (plan.total + 1))?);
         self.sgd.step(plan.lr);
         // After all lanes: what a step sees of the bank does not depend on how its lanes are dealt.
         for (offset, features) in features.iter().enumerate() {
@@ -126,9 +127,9 @@ impl Learner {
     /// Queries of one lane; none where the lane is empty.
     fn forward(&self, batch: &LaneBatch) -> Result<Outputs> {
         if batch.patches.is_empty() {
-            let [dim, wide] = self.banks.widths();
+            let Widths { dim, backbone, .. } = self.banks.widths();
             let none = |width| Tensor::zeros([0, width], (Kind::Float, self.device));
-            return Ok(Outputs { q: none(dim), x: none(wide), ql: Some(none(dim)) });
+            return Ok(Outputs { q: none(dim), x: none(backbone), ql: self.params.inner.then(|| none(dim)) });
         }
         Ok(self.model.forward(&batch.views.to_views(self.device), true))
     }
@@ -136,6 +137,7 @@ impl Learner {
     /// Losses of this rank's lane, together with the lanes of the other ranks.
     fn objective(&self, ring: &dyn Collective, plan: &StepPlan, offset: usize, output: &Outputs) -> Result<StepOutput> {
         let ids = plan.together(offset);
+        let no_local = Tensor::zeros([4 * output.q.size()[0], 0], (Kind::Float, self.device));
         let spatial = ids
             .iter()
             .flatten()
@@ -146,12 +148,12 @@ impl Learner {
         let k = usize::try_from(self.params.negatives)?;
         // Drawn for the step, whatever its lanes: the law that each query sees is the same.
         let negatives = draws::negatives(*seed, epoch, step, 0, k, self.banks.len());
-        let ranks = hard_ranks.draw(*seed, epoch, step, 0);
+        let ranks = if self.params.inter { hard_ranks.draw(*seed, epoch, step, 0) } else { Vec::new() };
         Ok(objective::step(
             &StepInputs {
                 q: &output.q,
                 x: &output.x,
-                ql: output.ql.as_ref().context("the model gave no local views")?,
+                ql: output.ql.as_ref().unwrap_or(&no_local),
                 ids: &ids,
                 spatial: &spatial,
                 clusters: &self.clusters,

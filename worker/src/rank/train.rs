@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use rayon::ThreadPool;
 use roaring::RoaringBitmap;
 use sgcl::augment::ViewParams;
+use sgcl::bank::Spread;
 use sgcl::collective::Collective;
 use sgcl::kmeans::{self, KMeans};
 use sgcl::schedule;
@@ -105,6 +106,8 @@ pub(crate) struct Trainer {
     pub(crate) metrics: MetricsWriter,
     pub(crate) place: Place,
     pub(crate) position: Position,
+    /// Of the bank when the epoch began.
+    pub(crate) spread: Option<Spread>,
 }
 
 impl Trainer {
@@ -138,6 +141,19 @@ impl Trainer {
     }
 
     fn cluster(&mut self, session: &Session) -> Result<()> {
+        let spread = self.learner.banks.spread(self.ring.as_ref())?;
+        if self.position.epoch > 0 && spread.collapsed() && self.place.rank == 0 {
+            tracing::warn!(
+                deviation = spread.deviation,
+                effective_rank = spread.effective_rank,
+                epoch = self.position.epoch,
+                "features are collapsing: patches become alike; a lower learning rate or larger batches may help"
+            );
+        }
+        self.spread = Some(spread);
+        if !self.spec.config.method.has_inter() {
+            return Ok(());
+        }
         self.tell(session, "k-means", 0, BTreeMap::new(), 0.0);
         let config = &self.spec.config.kmeans;
         let size = KMeans {
@@ -221,7 +237,17 @@ impl Trainer {
     fn record(&mut self, session: &Session, result: &StepResult, lr: f64, pace: f64, steps: u64) -> Result<()> {
         let mut values: BTreeMap<String, f64> =
             LOSSES.iter().zip(result.losses).map(|(name, loss)| (format!("loss/{name}"), loss)).collect();
+        let method = self.spec.config.method;
+        values.retain(|name, _| match name.as_str() {
+            "loss/inter" => method.has_inter(),
+            "loss/inner" => method.has_local_views(),
+            _ => true,
+        });
         values.insert("lr".into(), lr);
+        if let Some(spread) = self.spread {
+            values.insert("bank/deviation".into(), spread.deviation);
+            values.insert("bank/effective_rank".into(), spread.effective_rank);
+        }
         values.insert("samples_per_second".into(), pace);
         self.tell(session, "training", steps, values.clone(), pace);
         if self.place.rank == 0 {

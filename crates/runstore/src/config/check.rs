@@ -108,6 +108,14 @@ impl RunConfig {
                 self.batch.per_rank, self.batch.accumulate
             ));
         }
+        if !self.method.has_inter() {
+            // Nothing is ranked or clustered.
+            return if problems.is_empty() {
+                Ok(())
+            } else {
+                Err(ConfigError::DoesNotFit { patches, ranks, problems })
+            };
+        }
         if j.hard as u64 > ranked {
             problems.push(format!(
                 "objective.hard {} is above objective.top_fraction {} × {patches} = {ranked}: set objective.hard to {ranked} or less",

@@ -10,7 +10,7 @@ use sgcl_draw::{Purpose, Rng, rng};
 pub struct ViewParams {
     /// Side of the global view, pixels.
     pub global_px: u32,
-    /// Side of the four local views, pixels.
+    /// Side of the four local views, pixels; 0 where a method has none.
     pub local_px: u32,
     /// Share of the patch's area that the global crop covers, from and to.
     pub global_scale: (f64, f64),

@@ -122,8 +122,9 @@ impl ViewBatch {
     pub fn slots(&mut self) -> Vec<ViewSlot<'_>> {
         let (global, local) =
             (3 * (self.global_px * self.global_px) as usize, 3 * (self.local_px * self.local_px) as usize);
+        let corner = (local * self.len).max(1);
         let mut corners: Vec<_> =
-            self.local.chunks_exact_mut(local * self.len.max(1)).map(|corner| corner.chunks_exact_mut(local)).collect();
+            self.local.chunks_exact_mut(corner).map(|corner| corner.chunks_exact_mut(local.max(1))).collect();
         self.global
             .chunks_exact_mut(global)
             .map(|global| ViewSlot { global, local: corners.iter_mut().filter_map(Iterator::next).collect() })
@@ -136,7 +137,8 @@ impl ViewBatch {
         let tensor = |values: &[f32], px: u32| {
             Tensor::from_slice(values).view([-1, 3, i64::from(px), i64::from(px)]).to_device(device)
         };
-        Views { global: tensor(&self.global, self.global_px), local: Some(tensor(&self.local, self.local_px)) }
+        let local = (self.local_px > 0).then(|| tensor(&self.local, self.local_px));
+        Views { global: tensor(&self.global, self.global_px), local }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Shards from rank to rank when the membership changes.
 
-use super::{Bank, Banks, ShardPlan, rows_in_shard};
+use super::{Bank, Banks, ShardPlan, Widths, rows_in_shard};
 use crate::collective::{Collective, CollectiveError};
 use tch::{Device, Kind, Tensor};
 
@@ -30,7 +30,7 @@ impl Banks {
         before: &ShardPlan,
         kept: &[Option<usize>],
         plan: &ShardPlan,
-        (n, widths): (i64, [i64; 2]),
+        (n, widths): (i64, Widths),
         (dtype, device): (Kind, Device),
         ring: &dyn Collective,
     ) -> Result<Moved, CollectiveError> {

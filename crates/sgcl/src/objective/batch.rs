@@ -1,7 +1,7 @@
 //! The queries of all ranks, padded to the longest rank so that every collective has equal parts.
 
 use super::{Context, StepError, StepInputs};
-use crate::bank::{Bank, BankRows};
+use crate::bank::{Bank, BankRows, Widths};
 use tch::{Kind, Tensor};
 
 /// Random negatives of a step, bank rows; the same on every rank.
@@ -33,11 +33,13 @@ pub(super) struct Batch {
 
 impl Batch {
     pub(super) fn gather(inputs: &StepInputs<'_>, cx: &Context<'_>) -> Result<Self, StepError> {
-        let [d, db] = cx.banks.widths();
+        let Widths { dim: d, backbone: db, local } = cx.banks.widths();
         let longest = inputs.ids.iter().map(Vec::len).max().unwrap_or(0) as i64;
         let mine = inputs.q.size()[0];
-        let corners = inputs.ql.view([4, mine, d]).transpose(0, 1).reshape([mine, 4 * d]);
-        let packed = Tensor::cat(&[inputs.q, inputs.x, &corners], 1).to_kind(Kind::Float);
+        let corners = inputs.ql.view([4, mine, local]).transpose(0, 1).reshape([mine, 4 * local]);
+        // A bank of width 0 takes nothing.
+        let x = inputs.x.narrow(1, 0, db);
+        let packed = Tensor::cat(&[inputs.q, &x, &corners], 1).to_kind(Kind::Float);
         let packed = cx.ring.all_gather(&packed.constant_pad_nd([0, 0, 0, longest - mine]))?;
         let column = |from, width| packed.narrow(1, from, width).contiguous();
         let mut ids = Vec::new();
@@ -50,7 +52,7 @@ impl Batch {
             ids: Tensor::from_slice(&ids).to_device(cx.banks.device()),
             q: column(0, d),
             x: column(d, db),
-            ql: [0, 1, 2, 3].map(|corner| column(d + db + corner * d, d)),
+            ql: [0, 1, 2, 3].map(|corner| column(d + db + corner * local, local)),
             real,
             mine,
         })

@@ -27,6 +27,10 @@ pub enum HardBy {
 pub struct Params {
     /// Which loss.
     pub variant: Variant,
+    /// Whether the inter term is part of the loss; without it nothing is ranked, and k-means is not needed.
+    pub inter: bool,
+    /// Whether the inner term is, which takes local views.
+    pub inner: bool,
     /// Radius of spatial positives, grid units, strict.
     pub radius: f64,
     /// Auxiliary anchors A of an anchor.
@@ -55,6 +59,8 @@ impl Default for Params {
     fn default() -> Self {
         Self {
             variant: Variant::Exact,
+            inter: true,
+            inner: true,
             radius: 3.0,
             auxiliary: 1,
             nearest: 4096,
@@ -150,6 +156,12 @@ impl Params {
                 return Err(ParamsError::Range { name, value, range });
             }
         }
+        if self.negatives < 4 || self.negatives % 4 != 0 {
+            return Err(ParamsError::Negatives(self.negatives));
+        }
+        if !self.inter {
+            return Ok(());
+        }
         let top = self.top(n);
         if self.hard < 1 || self.hard > top {
             return Err(ParamsError::Hard { hard: self.hard, top_fraction: self.top_fraction, n, top });
@@ -162,9 +174,6 @@ impl Params {
         }
         if self.auxiliary < 0 || self.auxiliary > n {
             return Err(ParamsError::Auxiliary { auxiliary: self.auxiliary, n });
-        }
-        if self.negatives < 4 || self.negatives % 4 != 0 {
-            return Err(ParamsError::Negatives(self.negatives));
         }
         Ok(())
     }

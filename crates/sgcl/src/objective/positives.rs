@@ -16,6 +16,11 @@ pub struct RowLists {
 }
 
 impl RowLists {
+    pub(super) fn none(batch: &Batch) -> Self {
+        let empty = |kind| Tensor::zeros([batch.len(), 0], (kind, batch.q.device()));
+        Self { rows: empty(Kind::Int64), valid: empty(Kind::Bool) }
+    }
+
     /// Lists of real anchors, slots as bank rows.
     pub(super) fn of(&self, batch: &Batch, banks: &Banks) -> Self {
         let rows = if banks.held() == 0 { self.rows.shallow_clone() } else { banks.slot_rows().take(&self.rows) };
@@ -37,6 +42,12 @@ pub struct Positives {
 }
 
 impl Positives {
+    pub(super) fn none(batch: &Batch) -> Self {
+        let none = || RowLists::none(batch);
+        let weight = Tensor::zeros([batch.len(), 0], (Kind::Float, batch.q.device()));
+        Self { spatial: none(), semantic: none(), union: none(), weight }
+    }
+
     pub(super) fn of(&self, batch: &Batch, banks: &Banks) -> Self {
         Self {
             spatial: self.spatial.of(batch, banks),

@@ -18,11 +18,17 @@ struct Pull {
 
 /// The sums of this rank's own anchors, over the rows of all ranks.
 pub(super) struct Sums {
-    /// Global view, then the four corners.
-    instances: [Instance; 5],
+    global: Instance,
+    /// Where there is an inner term.
+    corners: Vec<Instance>,
+    /// Where there is an inter term.
+    inter: Option<Inter>,
+}
+
+/// Pull of positives and of hard negatives, and how many positives there are, (b, 1).
+struct Inter {
     positives: Pull,
     hard: Pull,
-    /// (b, 1) positives.
     count: Tensor,
 }
 
@@ -57,26 +63,35 @@ impl Sums {
         let mut columns = Vec::new();
         let global = negatives.global(batch, cx);
         columns.extend([batch.own(Bank::Global, cx), global.sum, global.rows]);
-        for (corner, pull) in negatives.corners(batch, cx).into_iter().enumerate() {
-            columns.extend([batch.own(Bank::Corner(corner), cx), pull.sum, pull.rows]);
+        if p.inner {
+            for (corner, pull) in negatives.corners(batch, cx).into_iter().enumerate() {
+                columns.extend([batch.own(Bank::Corner(corner), cx), pull.sum, pull.rows]);
+            }
         }
-        for (lists, weight) in
-            [(&positives.union, positives.weight.shallow_clone()), (hard, hard.valid.to_kind(Kind::Float))]
-        {
-            let pull = attend(cx.banks, Bank::Global, &batch.q, &lists.rows, &weight, p.t_spatial);
-            columns.extend([pull.sum, pull.rows]);
+        if p.inter {
+            for (lists, weight) in
+                [(&positives.union, positives.weight.shallow_clone()), (hard, hard.valid.to_kind(Kind::Float))]
+            {
+                let pull = attend(cx.banks, Bank::Global, &batch.q, &lists.rows, &weight, p.t_spatial);
+                columns.extend([pull.sum, pull.rows]);
+            }
+            columns.push(positives.weight.sum_dim_intlist([1_i64].as_slice(), true, Kind::Float));
         }
-        columns.push(positives.weight.sum_dim_intlist([1_i64].as_slice(), true, Kind::Float));
 
         let widths: Vec<i64> = columns.iter().map(|column| column.size()[1]).collect();
         let mine = cx.ring.reduce_scatter(&Tensor::cat(&columns, 1))?.narrow(0, 0, batch.mine);
         let mut parts = mine.split_with_sizes(widths.as_slice(), 1).into_iter();
+        // Taken in the order they were put in.
         let mut next = || parts.next().unwrap_or_else(|| Tensor::zeros([0], (Kind::Float, mine.device())));
         let mut instance = || Instance { own: next(), negatives: Pull { sum: next(), rows: next() } };
-        let instances = [instance(), instance(), instance(), instance(), instance()];
-        let mut pull = || Pull { sum: next(), rows: next() };
-        let (positives, hard) = (pull(), pull());
-        Ok(Self { instances, positives, hard, count: next() })
+        let global = instance();
+        let corners = if p.inner { vec![instance(), instance(), instance(), instance()] } else { Vec::new() };
+        let inter = p.inter.then(|| Inter {
+            positives: Pull { sum: next(), rows: next() },
+            hard: Pull { sum: next(), rows: next() },
+            count: next(),
+        });
+        Ok(Self { global, corners, inter })
     }
 
     /// `q` (b, D) and `ql` (4b, D) without gradient.
@@ -88,25 +103,34 @@ impl Sums {
             let (dq, dql) = (q.zeros_like(), ql.zeros_like());
             return Losses { intra: zero(), inter: zero(), inner: zero(), total: zero(), dq, dql };
         }
-        let (intra, d_intra) = self.instances[0].cross_entropy(q, p.t_instance);
-        let (inner, d_inner): (Vec<_>, Vec<_>) = self.instances[1..]
+        let zero = || Tensor::zeros([], (Kind::Float, q.device()));
+        let (intra, d_intra) = self.global.cross_entropy(q, p.t_instance);
+        let (inner, d_inner): (Vec<_>, Vec<_>) = self
+            .corners
             .iter()
             .zip(ql.chunk(4, 0))
             .map(|(instance, ql)| instance.cross_entropy(&ql, p.t_instance))
             .unzip();
-        let (inter, d_inter) = match p.variant {
-            Variant::Exact => self.inter(p.t_spatial),
-            Variant::Released => self.inter_released(p, cx.banks.len()),
+        let (inner, dql) = if inner.is_empty() {
+            (zero(), ql.zeros_like())
+        } else {
+            (Tensor::cat(&inner, 0).mean(Kind::Float), Tensor::cat(&d_inner, 0) / (4 * b) as f64)
+        };
+        let (inter, d_inter) = match (&self.inter, p.variant) {
+            (None, _) => (zero(), q.zeros_like()),
+            (Some(inter), Variant::Exact) => inter.exact(p.t_spatial),
+            (Some(inter), Variant::Released) => inter.released(p, cx.banks.len()),
         };
         let intra = intra.mean(Kind::Float);
-        let inner = Tensor::cat(&inner, 0).mean(Kind::Float);
         let total = &intra + &inter * inter_weight + &inner;
         let dq = d_intra / b as f64 + d_inter * inter_weight;
-        Losses { intra, inter, inner, total, dq, dql: Tensor::cat(&d_inner, 0) / (4 * b) as f64 }
+        Losses { intra, inter, inner, total, dq, dql }
     }
+}
 
+impl Inter {
     /// log(1 + H/P) over anchors that have positives, and its gradient, both already a mean.
-    fn inter(&self, t: f64) -> (Tensor, Tensor) {
+    fn exact(&self, t: f64) -> (Tensor, Tensor) {
         let (pos, neg) = (&self.positives, &self.hard);
         let has = self.count.gt(0.0);
         let anchors = has.sum(Kind::Float).clamp_min(1.0);
@@ -119,7 +143,7 @@ impl Sums {
 
     /// −log(P/(P + H + ones) + 1e-7): a masked similarity of 0 adds exp(0) = 1 for each of the N − |P| rows that are no positives;
     /// hard negatives carry no gradient.
-    fn inter_released(&self, p: &Params, n: i64) -> (Tensor, Tensor) {
+    fn released(&self, p: &Params, n: i64) -> (Tensor, Tensor) {
         let (pos, b) = (&self.positives, self.count.size()[0] as f64);
         let phantom = (-&self.count + n as f64) * (-1.0 / p.t_spatial).exp();
         let neg = &self.hard.sum + phantom;

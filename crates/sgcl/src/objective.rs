@@ -31,7 +31,7 @@ mod positives;
 mod sums;
 
 pub use batch::Negatives;
-pub use hard::{HardKey, expected_ranks};
+pub use hard::HardKey;
 pub use params::{HardBy, Params, ParamsError, Variant};
 pub use pool::{Candidates, Pool};
 pub use positives::{Positives, RowLists};

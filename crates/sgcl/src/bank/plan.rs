@@ -55,15 +55,16 @@ impl ShardPlan {
             self.owner.iter().zip(&self.replica).map(|(&owner, replica)| (now(owner), replica.and_then(now))).collect();
 
         let mut owners = Quotas::new(held.len(), world);
+        // Who has a shard keeps it, before anybody is given one.
         let mut owner: Vec<Option<usize>> =
-            held.iter().map(|&(owner, replica)| owner.or(replica).filter(|&rank| owners.take(rank))).collect();
+            held.iter().map(|&(owner, _)| owner.filter(|&rank| owners.take(rank))).collect();
         for (shard, owner) in owner.iter_mut().enumerate() {
             // A copy that is here already is the cheapest owner.
             let here = held[shard].1.filter(|&rank| owner.is_none() && owners.take(rank));
             *owner = owner.or(here);
         }
         let owner: Vec<usize> =
-            owner.into_iter().map(|owner| owner.unwrap_or_else(|| owners.take_least(|_| true))).collect();
+            owner.into_iter().map(|owner| owner.unwrap_or_else(|| owners.take_least(|_| true, |_| 0))).collect();
 
         let several = nodes.iter().any(|node| *node != nodes[0]);
         let fits = |shard: usize, rank: usize| rank != owner[shard] && (!several || nodes[rank] != nodes[owner[shard]]);
@@ -74,8 +75,18 @@ impl ShardPlan {
                 let (first, second) = held[shard];
                 *replica = [second, first].into_iter().flatten().find(|&r| fits(shard, r) && copies.take(r));
             }
+            // An owner's copies are spread over the others: when it is lost, all of them take a part and nothing moves.
+            let mut pairs = vec![vec![0; world]; world];
+            for (&owner, replica) in owner.iter().zip(&replica) {
+                replica.iter().for_each(|&rank: &usize| pairs[owner][rank] += 1);
+            }
             for (shard, replica) in replica.iter_mut().enumerate() {
-                *replica = replica.or_else(|| Some(copies.take_least(|rank| fits(shard, rank))));
+                if replica.is_none() {
+                    let pairs = &mut pairs[owner[shard]];
+                    let rank = copies.take_least(|rank| fits(shard, rank), |rank| pairs[rank]);
+                    pairs[rank] += 1;
+                    *replica = Some(rank);
+                }
             }
         }
         Self { owner, replica, world }
@@ -133,10 +144,10 @@ impl Quotas {
         true
     }
 
-    /// The rank with least among those that may; the quota gives way where nodes are uneven.
-    fn take_least(&mut self, may: impl Fn(usize) -> bool) -> usize {
-        let least = (0..self.taken.len()).filter(|&rank| may(rank)).min_by_key(|&rank| (self.taken[rank], rank));
-        let rank = least.unwrap_or(0);
+    /// The rank with least `load`, then with least taken, among those that may; the quota gives way where nodes are uneven.
+    fn take_least(&mut self, may: impl Fn(usize) -> bool, load: impl Fn(usize) -> usize) -> usize {
+        let key = |&rank: &usize| (load(rank), self.taken[rank], rank);
+        let rank = (0..self.taken.len()).filter(|&rank| may(rank)).min_by_key(key).unwrap_or(0);
         if !self.take(rank) {
             self.taken[rank] += 1;
         }
@@ -155,9 +166,10 @@ mod tests {
     #[test]
     fn shards_are_dealt_evenly_and_copies_lie_on_other_nodes() {
         let plan = ShardPlan::new(&[0, 0, 1, 1, 2], true);
+        // A node of one rank can copy from everybody, so it copies somewhat more.
         for rank in 0..5 {
             assert!((204..=205).contains(&plan.owned(rank).count()), "rank {rank} owns {}", plan.owned(rank).count());
-            assert!((150..=260).contains(&plan.copied(rank).count()), "rank {rank}: {}", plan.copied(rank).count());
+            assert!((150..=280).contains(&plan.copied(rank).count()), "rank {rank}: {}", plan.copied(rank).count());
         }
         let nodes = [0, 0, 1, 1, 2];
         assert!((0..SHARDS).all(|s| plan.replica(s).is_some_and(|r| nodes[r] != nodes[plan.owner(s)])));

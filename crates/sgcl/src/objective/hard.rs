@@ -221,11 +221,3 @@ impl Scale {
         Ok((above, counts))
     }
 }
-
-/// Expected rank of a hard negative, and of the square of it, under the weights of `ranks`: what draws are tested against.
-#[must_use]
-pub fn expected_ranks(ranks: &[i64]) -> (f64, f64) {
-    let count = ranks.len().max(1) as f64;
-    let mean = ranks.iter().map(|&r| r as f64).sum::<f64>() / count;
-    (mean, ranks.iter().map(|&r| (r as f64).powi(2)).sum::<f64>() / count)
-}

@@ -73,7 +73,7 @@ async fn the_same_global_batch_gives_the_same_losses_on_one_rank_two_ranks_and_t
     let place = place(2, 9).await;
     let mut curves = Vec::new();
     for (name, nodes, ranks, accumulate) in [("one", 1, 1, 2), ("ranks", 1, 2, 1), ("nodes", 2, 1, 1)] {
-        let config = config(&[&format!("batch.accumulate={accumulate}")]);
+        let config = config(&[&format!("batch.accumulate={accumulate}"), "objective.double=true"]);
         assert_eq!(train(&place.bucket, &place.data, name, nodes, ranks, config).await, Outcome::Finished);
         let metrics = read_metrics(&run(&place.bucket, name)).await.unwrap();
         curves.push(metrics.iter().map(|step| step.values["loss/total"]).collect::<Vec<_>>());

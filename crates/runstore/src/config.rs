@@ -312,6 +312,8 @@ pub struct Objective {
     pub hard_beta: [f64; 2],
     /// Rows that positives and hard negatives are looked for among.
     pub candidates: Candidates,
+    /// Similarities and sums in 64 bits: runs that share a step between other numbers of ranks then compute the same. Slower.
+    pub double: bool,
     /// Rows of a step's sample, where `candidates` samples.
     #[schemars(range(min = 1024))]
     pub candidate_rows: usize,
@@ -369,6 +371,7 @@ impl Default for Objective {
             top_fraction: 0.2,
             hard_beta: [5.0, 15.0],
             candidates: Candidates::Auto,
+            double: false,
             candidate_rows: 65_536,
         }
     }

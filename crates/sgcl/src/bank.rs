@@ -289,12 +289,12 @@ impl Banks {
         bank.index_select(0, &slots.view([-1])).to_kind(Kind::Float).view(shape.as_slice())
     }
 
-    /// Similarity of queries (B, ·) f32 to all owned rows: (B, owned) f32.
+    /// Similarity of queries (B, ·) to all owned rows: (B, owned) f32, computed in the queries' kind.
     #[must_use]
     pub fn scores(&self, bank: Bank, queries: &Tensor) -> Tensor {
         let owned = self.bank(bank).narrow(0, 0, self.owned);
         let gpu = self.device() != Device::Cpu;
-        if gpu && owned.kind() == Kind::Float {
+        if gpu && owned.kind() == Kind::Float && queries.kind() == Kind::Float {
             return queries.matmul(&owned.tr());
         }
         // Rows of fewer bits are widened block by block: sums are f32, and no copy of the bank is made. On a CPU a block, its scores
@@ -304,7 +304,7 @@ impl Banks {
         let columns = queries.tr().contiguous();
         for start in (0..self.owned).step_by(block as usize) {
             let len = block.min(self.owned - start);
-            let rows = owned.narrow(0, start, len).to_kind(Kind::Float);
+            let rows = owned.narrow(0, start, len).to_kind(queries.kind());
             scores.narrow(1, start, len).copy_(&rows.matmul(&columns).tr());
         }
         scores

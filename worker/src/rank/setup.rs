@@ -240,6 +240,7 @@ fn params(config: &RunConfig) -> Result<Params> {
         t_instance: objective.t_instance,
         t_spatial: objective.t_spatial,
         clusters: i64::try_from(config.kmeans.clusters)?,
+        double: objective.double,
         // Configured as the share of the old row that stays.
         bank_momentum: 1.0 - config.bank.momentum,
     })

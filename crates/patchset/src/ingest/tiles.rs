@@ -133,10 +133,11 @@ fn load(tile: &Tile, options: &IngestOptions, mosaic: Option<&Mosaic>) -> Result
         let image = crate::decode::decode(&bytes).map_err(|e| skip(e.to_string()))?;
         Rgb { width: image.width, height: image.height, pixels: image.pixels }
     } else {
-        let Pixels::Image(image) = Pixels::open(&tile.path)? else {
-            return Err(skip("a tile is an image, not a slide".into()));
-        };
-        image
+        match Pixels::open(&tile.path)? {
+            Pixels::Image(image) => image,
+            #[cfg(feature = "openslide")]
+            Pixels::Slide(_) => return Err(skip("a tile is an image, not a slide".into())),
+        }
     };
     if (image.width, image.height) != (options.patch_px, options.patch_px) {
         let (width, height) = (image.width, image.height);

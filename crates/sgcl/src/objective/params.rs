@@ -1,5 +1,7 @@
 //! Constants of the objective and whether they fit a patch set.
 
+use tch::Kind;
+
 /// Which loss.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Variant {
@@ -53,6 +55,9 @@ pub struct Params {
     pub clusters: i64,
     /// Weight of new features in a bank row.
     pub bank_momentum: f64,
+    /// Similarities and sums in f64: what is left of their order is lost in rounding to f32, so every world computes the same to the
+    /// last bit. Some two times slower.
+    pub double: bool,
 }
 
 impl Default for Params {
@@ -72,6 +77,7 @@ impl Default for Params {
             t_spatial: 0.07,
             clusters: 1000,
             bank_momentum: 0.5,
+            double: false,
         }
     }
 }
@@ -133,6 +139,11 @@ pub enum ParamsError {
 }
 
 impl Params {
+    /// What similarities and sums are computed in.
+    pub(super) fn kind(&self) -> Kind {
+        if self.double { Kind::Double } else { Kind::Float }
+    }
+
     /// Ranks hard negatives are drawn from: ⌊top fraction · n⌋.
     #[must_use]
     pub fn top(&self, n: i64) -> i64 {

@@ -98,9 +98,11 @@ impl Pool {
 
     /// Similarity of queries to this rank's candidates.
     pub(super) fn scores(&self, bank: Bank, queries: &Tensor, cx: &Context<'_>) -> Tensor {
+        let kind = cx.params.kind();
+        let queries = queries.to_kind(kind);
         match &self.slots {
-            None => cx.banks.scores(bank, queries),
-            Some(slots) => queries.matmul(&cx.banks.at(bank, slots).tr()),
+            None => cx.banks.scores(bank, &queries),
+            Some(slots) => queries.matmul(&cx.banks.at(bank, slots).to_kind(kind).tr()).to_kind(Kind::Float),
         }
     }
 

@@ -4,7 +4,7 @@ use super::batch::{Batch, Negatives};
 use super::params::{Params, Variant};
 use super::positives::{Positives, RowLists};
 use super::{Context, StepError, StepInputs};
-use crate::bank::{Bank, Banks};
+use crate::bank::Bank;
 use tch::{Kind, Tensor};
 
 /// Floats of rows gathered at once: 16 MiB.
@@ -72,14 +72,15 @@ impl Sums {
             for (lists, weight) in
                 [(&positives.union, positives.weight.shallow_clone()), (hard, hard.valid.to_kind(Kind::Float))]
             {
-                let pull = attend(cx.banks, Bank::Global, &batch.q, &lists.rows, &weight, p.t_spatial);
+                let pull = attend(cx, Bank::Global, &batch.q, &lists.rows, &weight, p.t_spatial);
                 columns.extend([pull.sum, pull.rows]);
             }
             columns.push(positives.weight.sum_dim_intlist([1_i64].as_slice(), true, Kind::Float));
         }
 
         let widths: Vec<i64> = columns.iter().map(|column| column.size()[1]).collect();
-        let mine = cx.ring.reduce_scatter(&Tensor::cat(&columns, 1))?.narrow(0, 0, batch.mine);
+        let columns = Tensor::cat(&columns, 1).to_kind(p.kind());
+        let mine = cx.ring.reduce_scatter(&columns)?.narrow(0, 0, batch.mine);
         let mut parts = mine.split_with_sizes(widths.as_slice(), 1).into_iter();
         // Taken in the order they were put in.
         let mut next = || parts.next().unwrap_or_else(|| Tensor::zeros([0], (Kind::Float, mine.device())));
@@ -103,7 +104,8 @@ impl Sums {
             let (dq, dql) = (q.zeros_like(), ql.zeros_like());
             return Losses { intra: zero(), inter: zero(), inner: zero(), total: zero(), dq, dql };
         }
-        let zero = || Tensor::zeros([], (Kind::Float, q.device()));
+        let (q, ql) = (&q.to_kind(p.kind()), &ql.to_kind(p.kind()));
+        let zero = || Tensor::zeros([], (p.kind(), q.device()));
         let (intra, d_intra) = self.global.cross_entropy(q, p.t_instance);
         let (inner, d_inner): (Vec<_>, Vec<_>) = self
             .corners
@@ -114,17 +116,25 @@ impl Sums {
         let (inner, dql) = if inner.is_empty() {
             (zero(), ql.zeros_like())
         } else {
-            (Tensor::cat(&inner, 0).mean(Kind::Float), Tensor::cat(&d_inner, 0) / (4 * b) as f64)
+            (Tensor::cat(&inner, 0).mean(p.kind()), Tensor::cat(&d_inner, 0) / (4 * b) as f64)
         };
         let (inter, d_inter) = match (&self.inter, p.variant) {
             (None, _) => (zero(), q.zeros_like()),
             (Some(inter), Variant::Exact) => inter.exact(p.t_spatial),
             (Some(inter), Variant::Released) => inter.released(p, cx.banks.len()),
         };
-        let intra = intra.mean(Kind::Float);
+        let intra = intra.mean(p.kind());
         let total = &intra + &inter * inter_weight + &inner;
         let dq = d_intra / b as f64 + d_inter * inter_weight;
-        Losses { intra, inter, inner, total, dq, dql }
+        let single = |t: Tensor| t.to_kind(Kind::Float);
+        Losses {
+            intra: single(intra),
+            inter: single(inter),
+            inner: single(inner),
+            total: single(total),
+            dq: single(dq),
+            dql: single(dql),
+        }
     }
 }
 
@@ -133,10 +143,11 @@ impl Inter {
     fn exact(&self, t: f64) -> (Tensor, Tensor) {
         let (pos, neg) = (&self.positives, &self.hard);
         let has = self.count.gt(0.0);
-        let anchors = has.sum(Kind::Float).clamp_min(1.0);
+        let kind = pos.sum.kind();
+        let anchors = has.sum(kind).clamp_min(1.0);
         // An anchor without positives gets finite numbers and counts for nothing.
         let sum = pos.sum.where_self(&has, &pos.sum.ones_like());
-        let loss = ((&neg.sum / &sum).log1p() * &has).sum(Kind::Float) / &anchors;
+        let loss = ((&neg.sum / &sum).log1p() * &has).sum(kind) / &anchors;
         let gradient = ((&pos.rows + &neg.rows) / (&sum + &neg.sum) - &pos.rows / &sum) * &has / anchors / t;
         (loss, gradient)
     }
@@ -149,7 +160,7 @@ impl Inter {
         let neg = &self.hard.sum + phantom;
         let all = &pos.sum + &neg;
         let share = &pos.sum / &all + 1e-7;
-        let loss = share.log().mean(Kind::Float).neg();
+        let loss = share.log().mean(pos.sum.kind()).neg();
         let gradient = neg / (&all * &all) / &share * &pos.rows * (-1.0 / (p.t_spatial * b));
         (loss, gradient)
     }
@@ -158,7 +169,7 @@ impl Inter {
 impl Instance {
     /// Cross-entropy of the own row against the negatives, (b, 1), and its gradient for each query.
     fn cross_entropy(&self, q: &Tensor, t: f64) -> (Tensor, Tensor) {
-        let logit = ((q * &self.own).sum_dim_intlist([1_i64].as_slice(), true, Kind::Float) - 1.0) / t;
+        let logit = ((q * &self.own).sum_dim_intlist([1_i64].as_slice(), true, q.kind()) - 1.0) / t;
         let e = logit.exp();
         let all = &e + &self.negatives.sum;
         let gradient = ((e * &self.own + &self.negatives.rows) / &all - &self.own) / t;
@@ -214,7 +225,7 @@ impl Random {
         let t = cx.params.t_instance;
         match self {
             Self::Shared { slots, rows, .. } => shared(Bank::Global, &batch.q, &batch.ids, slots, rows, cx),
-            Self::PerAnchor { slots, weight, .. } => attend(cx.banks, Bank::Global, &batch.q, slots, weight, t),
+            Self::PerAnchor { slots, weight, .. } => attend(cx, Bank::Global, &batch.q, slots, weight, t),
         }
     }
 
@@ -229,7 +240,7 @@ impl Random {
                 shared(Bank::Corner(corner), &queries, &ids, &slots, &rows, cx)
             }
             Self::PerAnchor { local_slots, local_weight, .. } => {
-                attend(cx.banks, Bank::Corner(corner), &queries, local_slots, local_weight, t)
+                attend(cx, Bank::Corner(corner), &queries, local_slots, local_weight, t)
             }
         });
         let add = |of: fn(&Pull) -> &Tensor| {
@@ -249,26 +260,28 @@ impl Random {
 
 /// Rows shared by all queries: one gather, two matrix products.
 fn shared(bank: Bank, queries: &Tensor, ids: &Tensor, slots: &Tensor, rows: &Tensor, cx: &Context<'_>) -> Pull {
-    let found = cx.banks.at(bank, slots);
-    let mut e = ((queries.matmul(&found.tr()) - 1.0) / cx.params.t_instance).exp();
+    let kind = cx.params.kind();
+    let found = cx.banks.at(bank, slots).to_kind(kind);
+    let mut e = ((queries.to_kind(kind).matmul(&found.tr()) - 1.0) / cx.params.t_instance).exp();
     if cx.params.variant == Variant::Exact {
         let _ = e.masked_fill_(&ids.unsqueeze(1).eq_tensor(&rows.unsqueeze(0)), 0.0);
     }
-    Pull { sum: e.sum_dim_intlist([1_i64].as_slice(), true, Kind::Float), rows: e.matmul(&found) }
+    Pull { sum: e.sum_dim_intlist([1_i64].as_slice(), true, kind), rows: e.matmul(&found) }
 }
 
 /// Rows of each query's own: `slots` and `weight` (B, L), some queries at a time.
-fn attend(banks: &Banks, bank: Bank, queries: &Tensor, slots: &Tensor, weight: &Tensor, t: f64) -> Pull {
+fn attend(cx: &Context<'_>, bank: Bank, queries: &Tensor, slots: &Tensor, weight: &Tensor, t: f64) -> Pull {
+    let kind = cx.params.kind();
     let (b, l) = (slots.size()[0], slots.size()[1]);
     let block = (SCRATCH / (l * queries.size()[1]).max(1)).max(1);
     let (mut sums, mut rows) = (Vec::new(), Vec::new());
     for start in (0..b).step_by(block as usize) {
         let len = block.min(b - start);
         let part = |t: &Tensor| t.narrow(0, start, len);
-        let found = banks.at(bank, &part(slots).contiguous());
-        let s = found.bmm(&part(queries).unsqueeze(2)).squeeze_dim(2);
+        let found = cx.banks.at(bank, &part(slots).contiguous()).to_kind(kind);
+        let s = found.bmm(&part(queries).to_kind(kind).unsqueeze(2)).squeeze_dim(2);
         let e = ((s - 1.0) / t).exp() * part(weight);
-        sums.push(e.sum_dim_intlist([1_i64].as_slice(), true, Kind::Float));
+        sums.push(e.sum_dim_intlist([1_i64].as_slice(), true, kind));
         rows.push(e.unsqueeze(1).bmm(&found).squeeze_dim(1));
     }
     Pull { sum: Tensor::cat(&sums, 0), rows: Tensor::cat(&rows, 0) }

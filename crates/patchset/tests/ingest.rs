@@ -163,7 +163,7 @@ async fn a_source_that_changed_after_its_set_was_finished_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let source = dir.path().join("a.png");
     slide(&source);
-    run(&[source.clone()], &dir.path().join("set"), &options()).await.unwrap();
+    run(std::slice::from_ref(&source), &dir.path().join("set"), &options()).await.unwrap();
     RgbImage::from_pixel(512, 512, Rgb([180, 60, 140])).save(&source).unwrap();
     let again = run(&[source], &dir.path().join("set"), &options()).await.unwrap();
     assert!(again.skipped[0].reason.contains("changed since"), "{:?}", again.skipped);

@@ -223,7 +223,9 @@ impl Case {
         let n = args.n;
         let (mut slides, mut xs, mut ys) = (Vec::new(), Vec::new(), Vec::new());
         for (slide, x, y) in (0..n).map(place) {
-            (slides.push(slide), xs.push(x), ys.push(y));
+            slides.push(slide);
+            xs.push(x);
+            ys.push(y);
         }
         let lattice = Lattice::new(&slides, &xs, &ys).unwrap();
         let all = args.batch * world as i64;

@@ -231,7 +231,6 @@ impl Banks {
     }
 
     /// (held) i64: the row in each slot.
-    #[must_use]
     pub fn slot_rows(&self) -> &Tensor {
         &self.rows
     }
@@ -262,7 +261,6 @@ impl Banks {
 
     /// Slots of `rows`, a tensor of any shape on the banks' device, and which of them are owned. A slot that is not is 0. Waits for
     /// nothing.
-    #[must_use]
     pub fn owned_slots(&self, rows: &Tensor) -> (Tensor, Tensor) {
         let base = self.base_tensor.take(&rows.remainder(SHARDS));
         let slots = &base + rows.divide_scalar_mode(SHARDS, "floor");
@@ -271,7 +269,6 @@ impl Banks {
     }
 
     /// All held rows of a bank as they are kept, (held, ·).
-    #[must_use]
     pub fn bank(&self, bank: Bank) -> &Tensor {
         match bank {
             Bank::Global => &self.global,
@@ -281,7 +278,6 @@ impl Banks {
     }
 
     /// Rows in `slots` as f32: (…) i64 to (…, ·).
-    #[must_use]
     pub fn at(&self, bank: Bank, slots: &Tensor) -> Tensor {
         let bank = self.bank(bank);
         let mut shape = slots.size();
@@ -290,7 +286,6 @@ impl Banks {
     }
 
     /// Similarity of queries (B, ·) to all owned rows: (B, owned) f32, computed in the queries' kind.
-    #[must_use]
     pub fn scores(&self, bank: Bank, queries: &Tensor) -> Tensor {
         let owned = self.bank(bank).narrow(0, 0, self.owned);
         let gpu = self.device() != Device::Cpu;

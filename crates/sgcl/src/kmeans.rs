@@ -77,7 +77,6 @@ pub fn cluster(
 }
 
 /// One number for the labels (M, held) of all runs: (held) i64, equal where every run agrees.
-#[must_use]
 pub fn joint_labels(labels: &Tensor, clusters: i64) -> Tensor {
     let mut joint = labels.select(0, 0).copy();
     for run in 1..labels.size()[0] {

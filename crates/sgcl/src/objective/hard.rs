@@ -43,7 +43,7 @@ impl HardKey {
         // xorshift and odd multiplications modulo 2^40 are each one-to-one.
         let mask = (1_i64 << KEY_BITS) - 1;
         let mut keys = rows.bitwise_xor((self.0 as i64) & mask);
-        for (shift, factor) in [(19, 0x9e37_79b9_7f_i64), (23, 0x0bf5_8476_d1), (17, 0x04d0_49bb_13)] {
+        for (shift, factor) in [(19, 0x009e_3779_b97f_i64), (23, 0x000b_f584_76d1), (17, 0x0004_d049_bb13)] {
             let high = keys.bitwise_right_shift_tensor_scalar(shift);
             keys = (keys.bitwise_xor_tensor(&high) * (factor | 1)).bitwise_and(mask);
         }

@@ -1,20 +1,42 @@
 //! Starting nodes. Locally a node is a process; on Kubernetes it will be a Job.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::Arc;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::process::Command;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// What was started for a slot has ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    /// Which slot.
+    pub slot: u32,
+    /// Which attempt at it.
+    pub attempt: u32,
+    /// Exit code, or 128 + signal.
+    pub code: i32,
+}
 
 /// Starts and ends nodes.
 pub trait Launcher: Send + Sync + 'static {
-    /// Starts a node in `slot`; it will join at `coordinator`, an http URL.
+    /// Starts a node in `slot`; it will join at `coordinator`, an http URL. Its end is told to `ended`.
     ///
     /// # Errors
     /// What kept it from starting.
-    fn launch(&self, slot: u32, attempt: u32, coordinator: &str) -> std::io::Result<()>;
+    fn launch(
+        &self,
+        slot: u32,
+        attempt: u32,
+        coordinator: &str,
+        ended: mpsc::UnboundedSender<Ended>,
+    ) -> std::io::Result<()>;
+
+    /// Ends a node that was given up, at once; one that is gone already is no error.
+    fn discard(&self, slot: u32, attempt: u32);
 
     /// Ends every node that is left, at once.
     fn kill_all(&self);
@@ -26,7 +48,8 @@ pub struct ProcessLauncher {
     run: String,
     ranks_per_node: u32,
     threads: usize,
-    children: Arc<Mutex<Vec<Child>>>,
+    /// Cancelled to kill.
+    children: Arc<Mutex<BTreeMap<(u32, u32), CancellationToken>>>,
 }
 
 impl ProcessLauncher {
@@ -46,12 +69,18 @@ impl ProcessLauncher {
 }
 
 impl Launcher for ProcessLauncher {
-    fn launch(&self, slot: u32, attempt: u32, coordinator: &str) -> std::io::Result<()> {
+    fn launch(
+        &self,
+        slot: u32,
+        attempt: u32,
+        coordinator: &str,
+        ended: mpsc::UnboundedSender<Ended>,
+    ) -> std::io::Result<()> {
         let node = format!("{}-{slot}-{attempt}", self.run);
         let mut child = Command::new(&self.program)
             .args(["node", "--coordinator", coordinator, "--run", &self.run, "--node", &node])
-            .args(["--ranks", &self.ranks_per_node.to_string(), "--address", "127.0.0.1", "--die-with-parent"])
-            .args(["--threads", &self.threads.to_string()])
+            .args(["--slot", &slot.to_string(), "--ranks", &self.ranks_per_node.to_string()])
+            .args(["--address", "127.0.0.1", "--die-with-parent", "--threads", &self.threads.to_string()])
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -68,16 +97,40 @@ impl Launcher for ProcessLauncher {
                 }
             });
         }
+        let kill = CancellationToken::new();
         if let Ok(mut children) = self.children.lock() {
-            children.push(child);
+            children.insert((slot, attempt), kill.clone());
         }
+        let children = Arc::clone(&self.children);
+        tokio::spawn(async move {
+            let status = tokio::select! {
+                status = child.wait() => status,
+                () = kill.cancelled() => {
+                    // One that is gone already needs no killing.
+                    let _ = child.start_kill();
+                    child.wait().await
+                }
+            };
+            if let Ok(mut children) = children.lock() {
+                children.remove(&(slot, attempt));
+            }
+            use std::os::unix::process::ExitStatusExt;
+            let code = status.ok().and_then(|status| status.code().or(status.signal().map(|s| 128 + s))).unwrap_or(1);
+            // The run may be over: then nobody asks.
+            let _ = ended.send(Ended { slot, attempt, code });
+        });
         Ok(())
     }
 
+    fn discard(&self, slot: u32, attempt: u32) {
+        if let Ok(children) = self.children.lock() {
+            children.get(&(slot, attempt)).into_iter().for_each(CancellationToken::cancel);
+        }
+    }
+
     fn kill_all(&self) {
-        if let Ok(mut children) = self.children.lock() {
-            // A child that is gone already needs no killing.
-            children.iter_mut().for_each(|child| drop(child.start_kill()));
+        if let Ok(children) = self.children.lock() {
+            children.values().for_each(CancellationToken::cancel);
         }
     }
 }

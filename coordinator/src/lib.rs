@@ -8,6 +8,6 @@ pub mod server;
 pub mod view;
 
 pub use launcher::{Launcher, ProcessLauncher};
-pub use machine::Outcome;
+pub use machine::{Change, Outcome};
 pub use server::Coordinator;
 pub use view::RunView;

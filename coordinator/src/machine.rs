@@ -1,142 +1,102 @@
 //! The run's state machine, without input or output: `(now, event) -> effects`, every decision with its reason.
 //!
 //! ```text
-//! Gathering ──enough nodes──▶ Forming ──all ranks at the store──▶ Training ──all finished──▶ Ended
-//!     ▲                          │ failure                           │ failure
-//!     └───────ranks gone─────────┴──────────── Draining ◀────────────┘
+//! Gathering ──enough nodes──▶ Forming ──all ranks reunited──▶ Training ──all finished──▶ Ending ──▶ Ended
+//!     ▲                          │ loss                          │ loss, drain, growth
+//!     └──────ranks are back──────┴──────────── Pausing ◀─────────┘
 //! ```
+//! Ranks keep their state in memory from one generation to the next. A loss breaks the generation off (hard), a drain or a node that
+//! joins lets it finish its step (soft); whoever is back then forms the next one.
+
+mod event;
+#[cfg(test)]
+mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// What the run asks for.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// Nodes wanted.
-    pub nodes: u32,
-    /// Fewest nodes that train.
-    pub min_nodes: u32,
-    /// Ranks on each.
-    pub ranks_per_node: u32,
-    /// Failures that are survived.
-    pub max_restarts: u32,
-    /// Longest wait for nodes, and for ranks to form a ring.
-    pub startup_timeout: Duration,
-    /// Longest silence of a training rank.
-    pub step_timeout: Duration,
-}
+pub use event::{Change, Effect, Event, Outcome, Place, Settings};
 
-/// A rank's place: its node and its number there.
-pub type Place = (String, u32);
-
-/// What happened. Fields are named as in the gRPC contract.
-#[allow(missing_docs)]
-#[derive(Clone, Debug)]
-pub enum Event {
-    /// A supervisor holds its stream; ranks of other nodes reach it at `address`.
-    NodeJoined { node: String, address: String },
-    /// A supervisor's stream broke.
-    NodeLost { node: String },
-    /// A rank process ended.
-    RankExited { node: String, generation: u64, local_rank: u32, code: i32, last_words: String },
-    /// A rank holds its stream.
-    RankJoined { node: String, generation: u64, local_rank: u32 },
-    /// Rank 0 serves the rendezvous store.
-    StoreListening { generation: u64, port: u32 },
-    /// A sign of life.
-    Progress { generation: u64 },
-    /// A rank's parts of a checkpoint are durable.
-    PartsWritten { generation: u64, rank: u32, step: u64 },
-    /// A commit is durable.
-    Committed { generation: u64, seq: u64, step: u64 },
-    /// A commit could not be written.
-    CommitFailed { generation: u64, reason: String },
-    /// A rank has nothing left to do.
-    RankFinished { generation: u64, rank: u32, stopped: bool },
-    /// A rank gave up and says why.
-    RankFailed { generation: u64, rank: u32, message: String, code: i32 },
-    /// The user wants to stop; the second time at once.
-    StopRequested,
-    /// Time passed.
-    Tick,
-}
-
-/// What to do. Fields are named as in the gRPC contract.
-#[allow(missing_docs)]
-#[derive(Clone, Debug, PartialEq)]
-pub enum Effect {
-    /// Start a node in a slot.
-    Launch { slot: u32, attempt: u32 },
-    /// Start rank processes on a node.
-    StartRanks { node: String, generation: u64, count: u32 },
-    /// End the rank processes of a node.
-    StopRanks { node: String, generation: u64 },
-    /// Send a node home.
-    Leave { node: String, reason: String, code: i32 },
-    /// Tell a rank who it is.
-    Assign { place: Place, generation: u64, rank: u32, world: u32 },
-    /// Tell a rank where the store is.
-    Rendezvous { place: Place, host: String, port: u32 },
-    /// Ask a rank to finish its step, commit and end.
-    Stop { place: Place, reason: String },
-    /// All parts of a checkpoint are there: make the commit.
-    WriteCommit { generation: u64, step: u64 },
-    /// Tell a rank that its checkpoint is committed.
-    TellCommitted { place: Place, seq: u64, step: u64 },
-    /// Training began in this generation.
-    Started { generation: u64, world: u32 },
-    /// Training goes on after a loss.
-    Restarted { reason: String },
-    /// The run is over here.
-    End(Outcome),
-}
-
-/// How a run ended.
-#[allow(missing_docs)]
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// All epochs are trained and exported.
-    Finished,
-    /// Stopped on request; it can be resumed.
-    Suspended { reason: String },
-    /// Given up.
-    Failed { message: String, code: i32 },
-}
+/// Exit codes of what is the user's to mend: trying again would fail again.
+const HOPELESS: [i32; 5] = [64, 65, 69, 73, 78];
+/// Exit code of a node that was told to leave.
+const YIELDED: i32 = 75;
+/// Longest wait for more newcomers once one is ready.
+const JOIN_TOGETHER: Duration = Duration::from_secs(3);
+/// Time for a rank to come back from a broken ring, beyond which it is ended. Work between two collectives takes its time.
+const BREAK_OFF: Duration = Duration::from_secs(10);
+/// The same after a silence: whoever can has come to a collective long ago.
+const BREAK_OFF_SILENT: Duration = Duration::from_secs(1);
+/// Time for an ended rank to be reported as ended, beyond which its node is given up.
+const REPORT: Duration = Duration::from_secs(3);
 
 #[derive(Debug)]
 struct Node {
     address: String,
+    slot: u32,
     /// Order of joining: ranks are dealt in it.
     order: u64,
+    leaving: bool,
+}
+
+#[derive(Debug)]
+struct Slot {
+    attempt: u32,
+    node: Option<String>,
+}
+
+#[derive(Debug)]
+struct Rank {
+    attempt: u32,
+    state: RankState,
+    /// Ended by us: its exit is no news.
+    killed: bool,
+    /// What it said when it gave up.
+    failure: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RankState {
+    Starting,
+    Ready,
+    /// Of the current generation.
+    Member,
 }
 
 #[derive(Debug)]
 enum State {
     Gathering { since: Instant },
-    Forming { since: Instant, members: Members },
+    Forming { heard: Instant, members: Members },
     Training { heard: Instant, members: Members },
-    Draining { members: Members, then: Then, since: Instant },
+    Pausing { until: Instant, hard: bool, members: Members },
+    Ending { since: Instant, outcome: Outcome },
     Ended,
-}
-
-#[derive(Debug)]
-enum Then {
-    Retry,
-    End(Outcome),
 }
 
 /// Ranks of one generation.
 #[derive(Debug, Default)]
 struct Members {
     places: Vec<Place>,
-    joined: BTreeSet<Place>,
-    port: Option<u32>,
-    running: BTreeSet<Place>,
-    parts: BTreeMap<u64, BTreeSet<u32>>,
-    finished: BTreeSet<u32>,
+    reunited: BTreeSet<Place>,
+    finished: BTreeSet<Place>,
     stopped: bool,
+    parts: BTreeMap<u64, BTreeSet<Place>>,
+    from_commit: Option<u64>,
+    step: u64,
+}
+
+/// A membership change under way.
+#[derive(Debug)]
+struct Episode {
+    since: Instant,
+    reason: String,
+    /// None: nobody knows yet what broke the ring.
+    failure: Option<bool>,
+    world: u32,
+    /// Steps finished when it began.
+    step: u64,
 }
 
 /// The state machine of one run.
@@ -144,26 +104,39 @@ struct Members {
 pub struct Machine {
     settings: Settings,
     state: State,
+    slots: BTreeMap<u32, Slot>,
     nodes: BTreeMap<String, Node>,
+    ranks: BTreeMap<Place, Rank>,
     joins: u64,
     generation: u64,
     restarts: u32,
+    /// Newest step that a rank told of.
+    step: u64,
     stop: Option<String>,
+    episode: Option<Episode>,
+    newcomers: Option<Instant>,
 }
 
 impl Machine {
     /// A run whose last generation was `generation` (0 for a new one), and the first effects: its nodes.
     #[must_use]
     pub fn start(settings: Settings, generation: u64, now: Instant) -> (Self, Vec<Effect>) {
-        let launch = (0..settings.nodes).map(|slot| Effect::Launch { slot, attempt: 0 }).collect();
+        let slots: BTreeMap<u32, Slot> =
+            (0..settings.nodes).map(|slot| (slot, Slot { attempt: 0, node: None })).collect();
+        let launch = slots.keys().map(|&slot| Effect::Launch { slot, attempt: 0 }).collect();
         let machine = Machine {
             settings,
             state: State::Gathering { since: now },
+            slots,
             nodes: BTreeMap::new(),
+            ranks: BTreeMap::new(),
             joins: 0,
             generation,
             restarts: 0,
+            step: 0,
             stop: None,
+            episode: None,
+            newcomers: None,
         };
         (machine, launch)
     }
@@ -174,58 +147,70 @@ impl Machine {
         self.generation
     }
 
-    /// Takes an event. Events of other generations than the current one change nothing.
+    /// Rank 0 of the current generation.
+    #[must_use]
+    pub fn first_place(&self) -> Option<&Place> {
+        self.members().and_then(|members| members.places.first())
+    }
+
+    /// Takes an event. Events of other generations or attempts than the current ones change nothing.
     pub fn handle(&mut self, now: Instant, event: Event) -> Vec<Effect> {
         let mut effects = Vec::new();
+        let current = self.generation;
         match event {
-            Event::NodeJoined { node, address } => {
-                self.joins += 1;
-                self.nodes.insert(node, Node { address, order: self.joins });
-            }
+            Event::NodeJoined { node, slot, address } => self.node_joined(node, slot, address, &mut effects),
             Event::NodeLost { node } => self.node_lost(now, &node, &mut effects),
-            Event::RankExited { node, generation, local_rank, code, last_words } if generation == self.generation => {
-                self.rank_exited(now, (node, local_rank), code, &last_words, &mut effects);
+            Event::LaunchEnded { slot, attempt, code } => self.launch_ended(now, slot, attempt, code, &mut effects),
+            Event::Preempting { node, .. } => self.preempting(now, &node, &mut effects),
+            Event::RankExited { place, attempt, code, last_words } => {
+                self.rank_exited(now, &place, attempt, code, &last_words, &mut effects);
             }
-            Event::RankJoined { node, generation, local_rank } if generation == self.generation => {
-                self.rank_joined((node, local_rank), &mut effects);
+            Event::RankReady { place, attempt, generation, broken } => {
+                self.rank_ready(now, &place, attempt, generation, broken, &mut effects);
             }
-            Event::StoreListening { generation, port } if generation == self.generation => {
-                self.store_listening(now, port, &mut effects);
+            Event::StoreListening { generation, port } if generation == current => self.rendezvous(port, &mut effects),
+            Event::Reunited { generation, place, step, from_commit } if generation == current => {
+                self.reunited(now, place, step, from_commit);
             }
-            Event::Progress { generation } if generation == self.generation => self.heard(now),
-            Event::PartsWritten { generation, rank, step } if generation == self.generation => {
+            Event::Progress { generation, step } if generation == current => {
                 self.heard(now);
-                if let State::Training { members, .. } = &mut self.state {
+                self.step = self.step.max(step);
+            }
+            Event::PartsWritten { generation, place, step } if generation == current => {
+                self.heard(now);
+                if let Some(members) = self.members_mut() {
                     let ranks = members.parts.entry(step).or_default();
-                    ranks.insert(rank);
+                    ranks.insert(place);
                     if ranks.len() == members.places.len() {
                         members.parts.remove(&step);
                         effects.push(Effect::WriteCommit { generation, step });
                     }
                 }
             }
-            Event::Committed { generation, seq, step } if generation == self.generation => {
+            Event::Committed { generation, seq, step } if generation == current => {
                 self.heard(now);
-                if let State::Training { members, .. } = &self.state {
-                    effects.extend(members.places.iter().map(|p| Effect::TellCommitted {
-                        place: p.clone(),
-                        seq,
-                        step,
-                    }));
-                }
+                let places = self.members().map(|members| members.places.clone()).unwrap_or_default();
+                effects.extend(places.into_iter().map(|place| Effect::TellCommitted { place, seq, step }));
             }
-            Event::CommitFailed { generation, reason } if generation == self.generation => {
-                self.fail(now, reason, None, &mut effects);
+            Event::CommitFailed { reason } => {
+                self.end(now, Outcome::Failed { message: reason, code: 1 }, &mut effects);
             }
-            Event::RankFinished { generation, rank, stopped } if generation == self.generation => {
+            Event::RankFinished { generation, place, stopped } if generation == current => {
                 self.heard(now);
-                if let State::Training { members, .. } = &mut self.state {
-                    members.finished.insert(rank);
+                if let Some(members) = self.members_mut() {
+                    members.finished.insert(place);
                     members.stopped |= stopped;
                 }
             }
-            Event::RankFailed { generation, rank, message, code } if generation == self.generation => {
-                self.fail(now, format!("rank {rank}: {message}"), Some(code), &mut effects);
+            Event::RankFailed { place, attempt, message, code } => {
+                let (node, local) = &place;
+                let reason = format!("rank {local} of node {node}: {message}");
+                if let Some(rank) = self.ranks.get_mut(&place).filter(|rank| rank.attempt == attempt) {
+                    rank.failure = Some(reason.clone());
+                    if HOPELESS.contains(&code) {
+                        self.end(now, Outcome::Failed { message: reason, code }, &mut effects);
+                    }
+                }
             }
             Event::StopRequested => self.stop_requested(now, &mut effects),
             _ => {}
@@ -234,398 +219,538 @@ impl Machine {
         effects
     }
 
+    fn members(&self) -> Option<&Members> {
+        match &self.state {
+            State::Forming { members, .. } | State::Training { members, .. } | State::Pausing { members, .. } => {
+                Some(members)
+            }
+            _ => None,
+        }
+    }
+
+    fn members_mut(&mut self) -> Option<&mut Members> {
+        match &mut self.state {
+            State::Forming { members, .. } | State::Training { members, .. } | State::Pausing { members, .. } => {
+                Some(members)
+            }
+            _ => None,
+        }
+    }
+
     fn heard(&mut self, now: Instant) {
-        if let State::Training { heard, .. } = &mut self.state {
+        if let State::Training { heard, .. } | State::Forming { heard, .. } = &mut self.state {
             *heard = now;
         }
     }
 
-    fn node_lost(&mut self, now: Instant, node: &str, effects: &mut Vec<Effect>) {
-        if self.nodes.remove(node).is_none() {
+    fn over(&self) -> bool {
+        matches!(self.state, State::Ending { .. } | State::Ended)
+    }
+
+    fn node_joined(&mut self, node: String, slot: u32, address: String, effects: &mut Vec<Effect>) {
+        let known = self.slots.get_mut(&slot).filter(|slot| slot.node.is_none() && !self.nodes.contains_key(&node));
+        let Some(place) = known else {
+            let reason = format!("slot {slot} of this run is filled by another node");
+            effects.push(Effect::Leave { node, reason, code: YIELDED });
+            return;
+        };
+        place.node = Some(node.clone());
+        self.joins += 1;
+        self.nodes.insert(node.clone(), Node { address, slot, order: self.joins, leaving: false });
+        for local in 0..self.settings.ranks_per_node {
+            self.start_rank((node.clone(), local), 0, effects);
+        }
+    }
+
+    fn start_rank(&mut self, place: Place, attempt: u32, effects: &mut Vec<Effect>) {
+        let rank = Rank { attempt, state: RankState::Starting, killed: false, failure: None };
+        self.ranks.insert(place.clone(), rank);
+        effects.push(Effect::StartRank { place, attempt });
+    }
+
+    fn node_lost(&mut self, now: Instant, name: &str, effects: &mut Vec<Effect>) {
+        let Some(node) = self.nodes.remove(name) else { return };
+        let member = self.members().is_some_and(|members| {
+            members.places.iter().any(|place| place.0 == name && !members.finished.contains(place))
+        });
+        self.ranks.retain(|place, _| place.0 != name);
+        if self.over() {
             return;
         }
-        let member = match &mut self.state {
-            State::Forming { members, .. } | State::Training { members, .. } | State::Draining { members, .. } => {
-                members.running.retain(|place| place.0 != node);
-                members.places.iter().any(|place| place.0 == node)
+        let reason = if node.leaving { format!("node {name} was preempted") } else { format!("node {name} was lost") };
+        self.relaunch(node.slot, effects);
+        self.lost(now, reason, !node.leaving, member, effects);
+    }
+
+    /// Fills a slot anew, and makes sure that whatever filled it before is gone.
+    fn relaunch(&mut self, slot: u32, effects: &mut Vec<Effect>) {
+        if let Some(place) = self.slots.get_mut(&slot) {
+            effects.push(Effect::Discard { slot, attempt: place.attempt });
+            *place = Slot { attempt: place.attempt + 1, node: None };
+            effects.push(Effect::Launch { slot, attempt: place.attempt });
+        }
+    }
+
+    fn launch_ended(&mut self, now: Instant, slot: u32, attempt: u32, code: i32, effects: &mut Vec<Effect>) {
+        let Some(place) = self.slots.get(&slot).filter(|slot| slot.attempt == attempt) else { return };
+        match place.node.clone() {
+            // Its stream's end tells the rest.
+            Some(node) => {
+                if let Some(node) = self.nodes.get_mut(&node) {
+                    node.leaving |= code == YIELDED;
+                }
             }
-            _ => false,
-        };
-        if member && !matches!(self.state, State::Draining { .. }) {
-            self.fail(now, format!("node {node} was lost"), None, effects);
+            None if self.over() => {}
+            None => {
+                self.relaunch(slot, effects);
+                let reason = format!("a node for slot {slot} ended with code {code} before it joined");
+                self.lost(now, reason, code != YIELDED, false, effects);
+            }
         }
     }
 
-    fn rank_exited(&mut self, now: Instant, place: Place, code: i32, last_words: &str, effects: &mut Vec<Effect>) {
-        let (State::Forming { members, .. } | State::Training { members, .. } | State::Draining { members, .. }) =
-            &mut self.state
-        else {
-            return;
-        };
-        members.running.remove(&place);
-        let rank = members.places.iter().position(|p| *p == place);
-        let done = rank.is_some_and(|rank| u32::try_from(rank).is_ok_and(|rank| members.finished.contains(&rank)));
-        if !done && !matches!(self.state, State::Draining { .. }) {
-            let (node, local) = place;
+    fn preempting(&mut self, now: Instant, name: &str, effects: &mut Vec<Effect>) {
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        node.leaving = true;
+        // Where it trains, `advance` lets the step finish first.
+        let member = self.members().is_some_and(|members| members.places.iter().any(|place| place.0 == name));
+        if !member {
+            self.send_home(effects);
+        } else if let State::Training { .. } = self.state {
+            let remaining: BTreeSet<&String> =
+                self.nodes.iter().filter(|(_, node)| !node.leaving).map(|(name, _)| name).collect();
+            let commit = (remaining.len() as u32) < self.settings.min_nodes;
+            self.pause(now, format!("node {name} was told to leave"), commit, effects);
+        }
+    }
+
+    fn rank_exited(
+        &mut self,
+        now: Instant,
+        place: &Place,
+        attempt: u32,
+        code: i32,
+        last_words: &str,
+        effects: &mut Vec<Effect>,
+    ) {
+        let Some(rank) = self.ranks.get(place).filter(|rank| rank.attempt == attempt) else { return };
+        let (killed, member) = (rank.killed, rank.state == RankState::Member);
+        let (node, local) = place;
+        let reason = rank.failure.clone().unwrap_or_else(|| {
             let words = if last_words.is_empty() { String::new() } else { format!(":\n{last_words}") };
-            self.fail(now, format!("rank {local} of node {node} ended with code {code}{words}"), Some(code), effects);
-        }
-    }
-
-    fn rank_joined(&mut self, place: Place, effects: &mut Vec<Effect>) {
-        let State::Forming { members, .. } = &mut self.state else { return };
-        let Some(rank) = members.places.iter().position(|p| *p == place) else { return };
-        members.joined.insert(place.clone());
-        let (rank, world) = (rank as u32, members.places.len() as u32);
-        effects.push(Effect::Assign { place, generation: self.generation, rank, world });
-        self.rendezvous(effects);
-    }
-
-    fn store_listening(&mut self, now: Instant, port: u32, effects: &mut Vec<Effect>) {
-        if let State::Forming { members, .. } = &mut self.state {
-            members.port = Some(port);
-        }
-        let _ = now;
-        self.rendezvous(effects);
-    }
-
-    /// Tells the ranks where the store is, once it listens and all are there.
-    fn rendezvous(&mut self, effects: &mut Vec<Effect>) {
-        let State::Forming { members, .. } = &self.state else { return };
-        let Some(port) = members.port else { return };
-        if members.joined.len() < members.places.len() {
+            format!("rank {local} of node {node} ended with code {code}{words}")
+        });
+        self.ranks.remove(place);
+        let finished = self.members().is_some_and(|members| members.finished.contains(place));
+        if finished || self.over() {
             return;
         }
+        if HOPELESS.contains(&code) {
+            self.end(now, Outcome::Failed { message: reason, code }, effects);
+            return;
+        }
+        let leaving = self.nodes.get(node).is_none_or(|node| node.leaving);
+        if !leaving {
+            self.start_rank(place.clone(), attempt + 1, effects);
+        }
+        self.lost(now, reason, !killed && !leaving, member, effects);
+    }
+
+    /// Something is gone. Where it was part of the generation, that one breaks off.
+    fn lost(&mut self, now: Instant, reason: String, failure: bool, member: bool, effects: &mut Vec<Effect>) {
+        if failure && !self.spend(now, &reason, effects) {
+            return;
+        }
+        if let Some(episode) = &mut self.episode {
+            // The cause is better known than by its symptom.
+            if episode.failure.is_none() {
+                episode.reason.clone_from(&reason);
+            }
+            episode.failure = Some(episode.failure.unwrap_or(false) || failure);
+        }
+        if member {
+            self.break_off(now, reason, Some(failure), BREAK_OFF, effects);
+        }
+    }
+
+    /// Counts a failure. False where that was one too many.
+    fn spend(&mut self, now: Instant, reason: &str, effects: &mut Vec<Effect>) -> bool {
+        if self.restarts >= self.settings.max_restarts {
+            let message =
+                format!("{reason}\nthe run has restarted {} times, max_restarts allows no more", self.restarts);
+            self.end(now, Outcome::Failed { message, code: 1 }, effects);
+            return false;
+        }
+        self.restarts += 1;
+        true
+    }
+
+    fn rank_ready(
+        &mut self,
+        now: Instant,
+        place: &Place,
+        attempt: u32,
+        generation: u64,
+        broken: Option<String>,
+        effects: &mut Vec<Effect>,
+    ) {
+        let current = self.generation;
+        let Some(rank) = self.ranks.get_mut(place).filter(|rank| rank.attempt == attempt) else { return };
+        if rank.state == RankState::Member && generation != current {
+            return;
+        }
+        let member = rank.state == RankState::Member;
+        rank.state = RankState::Ready;
+        if let (true, Some(broken)) = (member, broken) {
+            self.break_off(now, format!("the ring broke: {broken}"), None, BREAK_OFF, effects);
+        }
+    }
+
+    /// Tells the ranks where the store is.
+    fn rendezvous(&self, port: u32, effects: &mut Vec<Effect>) {
+        let State::Forming { members, .. } = &self.state else { return };
         let host = members.places.first().and_then(|(node, _)| self.nodes.get(node)).map(|n| n.address.clone());
         let Some(host) = host else { return };
-        effects.extend(members.places.iter().map(|p| Effect::Rendezvous {
-            place: p.clone(),
-            host: host.clone(),
-            port,
-        }));
+        let tell = |place: &Place| Effect::Rendezvous { place: place.clone(), host: host.clone(), port };
+        effects.extend(members.places.iter().map(tell));
+    }
+
+    fn reunited(&mut self, now: Instant, place: Place, step: u64, from_commit: Option<u64>) {
+        self.heard(now);
+        if let State::Forming { members, .. } = &mut self.state {
+            members.reunited.insert(place);
+            members.step = step;
+            members.from_commit = members.from_commit.or(from_commit);
+        }
     }
 
     fn stop_requested(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         let reason = "stopped on request".to_owned();
-        let again = self.stop.replace(reason.clone()).is_some();
-        match &self.state {
-            State::Training { members, .. } if !again => {
-                effects
-                    .extend(members.places.iter().map(|p| Effect::Stop { place: p.clone(), reason: reason.clone() }));
-            }
-            State::Gathering { .. } | State::Forming { .. } | State::Training { .. } => {
-                let outcome = Outcome::Suspended { reason };
-                self.drain(now, Then::End(outcome), effects);
-            }
-            State::Draining { .. } | State::Ended => {}
+        if self.stop.replace(reason.clone()).is_some() {
+            self.end(now, Outcome::Suspended { reason }, effects);
+        } else if let State::Training { .. } = self.state {
+            self.send_stop(effects);
         }
     }
 
-    /// A generation cannot go on: try again from the newest commit, or give the run up.
-    fn fail(&mut self, now: Instant, reason: String, code: Option<i32>, effects: &mut Vec<Effect>) {
-        if matches!(self.state, State::Draining { .. } | State::Ended) {
+    fn send_stop(&self, effects: &mut Vec<Effect>) {
+        if let (Some(reason), Some(members)) = (&self.stop, self.members()) {
+            let stop = |place: &Place| Effect::Stop { place: place.clone(), reason: reason.clone() };
+            effects.extend(members.places.iter().map(stop));
+        }
+    }
+
+    /// Lets the generation finish its step.
+    fn pause(&mut self, now: Instant, reason: String, commit: bool, effects: &mut Vec<Effect>) {
+        let State::Training { members, .. } = &mut self.state else { return };
+        let members = std::mem::take(members);
+        let goes = |place: &Place| self.nodes.get(&place.0).is_none_or(|node| node.leaving);
+        let leaving: Vec<u32> = (0..).zip(&members.places).filter(|(_, place)| goes(place)).map(|(at, _)| at).collect();
+        effects.extend(members.places.iter().map(|place| Effect::Pause {
+            place: place.clone(),
+            generation: self.generation,
+            reason: reason.clone(),
+            leaving: leaving.clone(),
+            commit,
+        }));
+        self.begin(now, reason, Some(false), &members);
+        self.state = State::Pausing { until: now + self.settings.step_timeout, hard: false, members };
+    }
+
+    /// Breaks the generation off: whoever is left comes back at once.
+    fn break_off(
+        &mut self,
+        now: Instant,
+        reason: String,
+        failure: Option<bool>,
+        wait: Duration,
+        effects: &mut Vec<Effect>,
+    ) {
+        let members = match &mut self.state {
+            State::Forming { members, .. }
+            | State::Training { members, .. }
+            | State::Pausing { hard: false, members, .. } => std::mem::take(members),
+            _ => return,
+        };
+        effects.extend(self.away(&members).map(|place| Effect::Regroup {
+            place: place.clone(),
+            generation: self.generation,
+            reason: reason.clone(),
+        }));
+        self.begin(now, reason, failure, &members);
+        self.state = State::Pausing { until: now + wait, hard: true, members };
+    }
+
+    fn begin(&mut self, now: Instant, reason: String, failure: Option<bool>, members: &Members) {
+        let (world, step) = (members.places.len() as u32, self.step);
+        self.episode.get_or_insert(Episode { since: now, reason, failure, world, step });
+    }
+
+    /// Members that have not come back.
+    fn away<'a>(&'a self, members: &'a Members) -> impl Iterator<Item = &'a Place> {
+        members.places.iter().filter(|place| {
+            let rank = self.ranks.get(*place);
+            rank.is_some_and(|rank| rank.state == RankState::Member) && !members.finished.contains(*place)
+        })
+    }
+
+    fn send_home(&self, effects: &mut Vec<Effect>) {
+        let reason = "this node was told to leave";
+        effects.extend(self.nodes.iter().filter(|(_, node)| node.leaving).map(|(node, _)| Effect::Leave {
+            node: node.clone(),
+            reason: reason.into(),
+            code: YIELDED,
+        }));
+    }
+
+    fn end(&mut self, now: Instant, outcome: Outcome, effects: &mut Vec<Effect>) {
+        if self.over() {
             return;
         }
-        // 64, 65, 78: the user's to mend; trying again would fail again.
-        let hopeless = code.filter(|code| matches!(code, 64 | 65 | 69 | 73 | 78));
-        let then = if let Some(code) = hopeless {
-            Then::End(Outcome::Failed { message: reason, code })
-        } else if self.stop.is_some() {
-            Then::End(Outcome::Suspended { reason: format!("stopping, then {reason}") })
-        } else if self.restarts >= self.settings.max_restarts {
-            let message =
-                format!("{reason}\nthe run has restarted {} times, max_restarts allows no more", self.restarts);
-            Then::End(Outcome::Failed { message, code: 1 })
-        } else {
-            self.restarts += 1;
-            effects.push(Effect::Restarted { reason });
-            Then::Retry
-        };
-        self.drain(now, then, effects);
+        // Those who trained to the end leave by themselves.
+        let done = outcome == Outcome::Finished;
+        for (place, rank) in self.ranks.iter_mut().filter(|(_, rank)| !done || rank.state != RankState::Member) {
+            rank.killed = true;
+            effects.push(Effect::KillRank { place: place.clone(), attempt: rank.attempt });
+        }
+        self.state = State::Ending { since: now, outcome };
     }
 
-    fn drain(&mut self, now: Instant, then: Then, effects: &mut Vec<Effect>) {
-        let members = match std::mem::replace(&mut self.state, State::Ended) {
-            State::Forming { members, .. } | State::Training { members, .. } | State::Draining { members, .. } => {
-                members
-            }
-            _ => Members::default(),
-        };
-        let nodes: BTreeSet<&String> = members.running.iter().map(|(node, _)| node).collect();
-        let generation = self.generation;
-        effects.extend(nodes.into_iter().map(|node| Effect::StopRanks { node: node.clone(), generation }));
-        self.state = State::Draining { members, then, since: now };
+    /// Ranks that could form a generation, in order.
+    fn ready(&self) -> Vec<Place> {
+        let mut ready: Vec<(u64, Place)> = self
+            .ranks
+            .iter()
+            .filter(|(_, rank)| rank.state == RankState::Ready)
+            .filter_map(|(place, _)| {
+                let node = self.nodes.get(&place.0).filter(|node| !node.leaving)?;
+                Some((node.order, place.clone()))
+            })
+            .collect();
+        ready.sort_unstable();
+        ready.into_iter().map(|(_, place)| place).collect()
     }
 
     /// What follows from time and state alone.
     fn advance(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         match &mut self.state {
             State::Gathering { since } => {
-                let ready = self.nodes.len() as u32;
-                let waited = now.duration_since(*since) >= self.settings.startup_timeout;
-                if ready >= self.settings.nodes || (waited && ready >= self.settings.min_nodes) {
-                    self.form(now, effects);
-                } else if waited {
-                    let message = format!(
-                        "{ready} of at least {} nodes came within {} s; look at the workers' logs",
-                        self.settings.min_nodes,
-                        self.settings.startup_timeout.as_secs()
-                    );
-                    self.drain(now, Then::End(Outcome::Failed { message, code: 1 }), effects);
-                    self.advance(now, effects);
-                }
+                let since = *since;
+                self.gather(now, since, effects);
             }
-            State::Forming { since, members } => {
-                if members.port.is_some() && members.joined.len() == members.places.len() {
-                    let State::Forming { members, .. } = std::mem::replace(&mut self.state, State::Ended) else {
-                        return;
-                    };
-                    let world = members.places.len() as u32;
-                    effects.push(Effect::Started { generation: self.generation, world });
-                    self.state = State::Training { heard: now, members };
-                    if self.stop.is_some() {
-                        self.stop = None;
-                        self.stop_requested(now, effects);
-                    }
-                } else if now.duration_since(*since) >= self.settings.startup_timeout {
-                    self.fail(now, "the ranks did not find each other in time".into(), None, effects);
+            State::Forming { heard, members } => {
+                if members.reunited.len() == members.places.len() {
+                    let members = std::mem::take(members);
+                    self.train(now, members, effects);
+                } else if now.duration_since(*heard) >= self.settings.startup_timeout.min(self.settings.step_timeout) {
+                    self.silent(now, "the ranks did not find each other in time".into(), effects);
                 }
             }
             State::Training { heard, members } => {
                 if members.finished.len() == members.places.len() {
-                    let outcome = if members.stopped {
-                        Outcome::Suspended { reason: "stopped on request".into() }
-                    } else {
-                        Outcome::Finished
-                    };
-                    let State::Training { members, .. } = std::mem::replace(&mut self.state, State::Ended) else {
-                        return;
-                    };
-                    // They leave by themselves.
-                    self.state = State::Draining { members, then: Then::End(outcome), since: now };
-                    self.advance(now, effects);
+                    let stopped = members.stopped;
+                    self.finish(now, stopped, effects);
                 } else if now.duration_since(*heard) >= self.settings.step_timeout {
-                    let message = format!("no step for {} s", self.settings.step_timeout.as_secs());
-                    self.fail(now, message, None, effects);
+                    self.silent(now, format!("no step for {} s", self.settings.step_timeout.as_secs()), effects);
+                } else {
+                    self.change(now, effects);
                 }
             }
-            State::Draining { members, then, since } => {
-                // A rank that does not end is ended by its supervisor; do not wait for a lost report for ever.
-                if !members.running.is_empty() && now.duration_since(*since) < Duration::from_secs(60) {
+            State::Pausing { .. } => self.come_back(now, effects),
+            State::Ending { since, outcome } => {
+                if !self.ranks.is_empty() && now.duration_since(*since) < Duration::from_secs(10) {
                     return;
                 }
-                match std::mem::replace(then, Then::Retry) {
-                    Then::Retry => {
-                        self.state = State::Gathering { since: now };
-                        self.advance(now, effects);
-                    }
-                    Then::End(outcome) => {
-                        let reason = match &outcome {
-                            Outcome::Finished => "the run is finished".to_owned(),
-                            Outcome::Suspended { reason } => reason.clone(),
-                            Outcome::Failed { message, .. } => message.clone(),
-                        };
-                        let leave =
-                            |node: &String| Effect::Leave { node: node.clone(), reason: reason.clone(), code: 0 };
-                        effects.extend(self.nodes.keys().map(leave));
-                        effects.push(Effect::End(outcome));
-                        self.state = State::Ended;
-                    }
-                }
+                let reason = match &*outcome {
+                    Outcome::Finished => "the run is finished".to_owned(),
+                    Outcome::Suspended { reason } => reason.clone(),
+                    Outcome::Failed { message, .. } => message.clone(),
+                };
+                let leave = |node: &String| Effect::Leave { node: node.clone(), reason: reason.clone(), code: 0 };
+                effects.extend(self.nodes.keys().map(leave));
+                effects.push(Effect::End(outcome.clone()));
+                self.state = State::Ended;
             }
             State::Ended => {}
         }
     }
 
-    fn form(&mut self, now: Instant, effects: &mut Vec<Effect>) {
-        self.generation += 1;
-        let mut nodes: Vec<(&u64, &String)> = self.nodes.iter().map(|(name, node)| (&node.order, name)).collect();
-        nodes.sort_unstable();
-        let count = self.settings.ranks_per_node;
-        let places: Vec<Place> =
-            nodes.iter().flat_map(|(_, node)| (0..count).map(move |local| ((*node).clone(), local))).collect();
-        effects.extend(nodes.iter().map(|(_, node)| Effect::StartRanks {
-            node: (*node).clone(),
-            generation: self.generation,
-            count,
-        }));
-        let members = Members { running: places.iter().cloned().collect(), places, ..Members::default() };
-        self.state = State::Forming { since: now, members };
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-
-    struct Run {
-        machine: Machine,
-        now: Instant,
-        log: Vec<Effect>,
-    }
-
-    impl Run {
-        fn new(nodes: u32, ranks: u32, max_restarts: u32) -> Self {
-            let now = Instant::now();
-            let settings = Settings {
-                nodes,
-                min_nodes: nodes,
-                ranks_per_node: ranks,
-                max_restarts,
-                startup_timeout: Duration::from_secs(60),
-                step_timeout: Duration::from_secs(30),
-            };
-            let (machine, log) = Machine::start(settings, 0, now);
-            Run { machine, now, log }
-        }
-
-        fn on(&mut self, event: Event) -> Vec<Effect> {
-            let effects = self.machine.handle(self.now, event);
-            self.log.extend(effects.iter().cloned());
-            effects
-        }
-
-        fn wait(&mut self, seconds: u64) -> Vec<Effect> {
-            self.now += Duration::from_secs(seconds);
-            self.on(Event::Tick)
-        }
-
-        /// Joins nodes and ranks until the generation trains.
-        fn train(&mut self, nodes: &[&str], ranks: u32) {
-            for node in nodes {
-                self.on(Event::NodeJoined { node: (*node).into(), address: format!("at-{node}") });
-            }
-            let generation = self.machine.generation();
-            for node in nodes {
-                for local_rank in 0..ranks {
-                    self.on(Event::RankJoined { node: (*node).into(), generation, local_rank });
-                }
-            }
-            self.on(Event::StoreListening { generation, port: 7 });
-        }
-
-        fn exit(&mut self, node: &str, local_rank: u32, code: i32) -> Vec<Effect> {
-            let generation = self.machine.generation();
-            self.on(Event::RankExited { node: node.into(), generation, local_rank, code, last_words: "words".into() })
-        }
-    }
-
-    fn outcome(effects: &[Effect]) -> Option<&Outcome> {
-        effects.iter().find_map(|effect| if let Effect::End(outcome) = effect { Some(outcome) } else { None })
-    }
-
-    #[test]
-    fn ranks_are_dealt_node_by_node_and_meet_at_rank_0s_store() {
-        let mut run = Run::new(2, 2, 0);
-        run.train(&["a", "b"], 2);
-        let ranks: Vec<_> = run
-            .log
-            .iter()
-            .filter_map(|e| {
-                if let Effect::Assign { place, rank, world, .. } = e {
-                    Some((place.clone(), *rank, *world))
+    fn gather(&mut self, now: Instant, since: Instant, effects: &mut Vec<Effect>) {
+        let Settings { nodes, min_nodes, ranks_per_node, startup_timeout, .. } = self.settings;
+        let ready = self.ready();
+        let mut by_node: BTreeMap<&String, u32> = BTreeMap::new();
+        ready.iter().for_each(|(node, _)| *by_node.entry(node).or_default() += 1);
+        let whole = by_node.values().filter(|&&ranks| ranks == ranks_per_node).count() as u32;
+        let waited = now.duration_since(since) >= startup_timeout;
+        if self.episode.is_some() {
+            // Memory holds the state: go on with whoever is there.
+            let some = by_node.len() as u32;
+            if some > 0 && (some >= min_nodes || self.stop.is_some()) {
+                self.form(now, ready, effects);
+            } else if waited {
+                let reason = format!(
+                    "{some} of at least {min_nodes} nodes were left, and no other came within {} s",
+                    startup_timeout.as_secs()
+                );
+                self.stop = Some(reason.clone());
+                if some > 0 {
+                    self.form(now, ready, effects);
                 } else {
-                    None
+                    self.end(now, Outcome::Suspended { reason }, effects);
+                    self.advance(now, effects);
                 }
-            })
-            .collect();
-        let place = |node: &str, local| (node.to_owned(), local);
-        assert_eq!(ranks, [(place("a", 0), 0, 4), (place("a", 1), 1, 4), (place("b", 0), 2, 4), (place("b", 1), 3, 4)]);
-        let hosts: Vec<_> = run
-            .log
-            .iter()
-            .filter_map(
-                |e| if let Effect::Rendezvous { host, port, .. } = e { Some((host.as_str(), *port)) } else { None },
-            )
-            .collect();
-        assert_eq!(hosts, [("at-a", 7); 4]);
-        assert!(run.log.contains(&Effect::Started { generation: 1, world: 4 }));
+            }
+        } else if let Some(reason) = self.stop.clone() {
+            self.end(now, Outcome::Suspended { reason }, effects);
+            self.advance(now, effects);
+        } else if whole >= nodes || waited && whole >= min_nodes {
+            self.form(now, ready, effects);
+        } else if waited {
+            let message = format!(
+                "{whole} of at least {min_nodes} nodes came within {} s; look at the workers' logs",
+                startup_timeout.as_secs()
+            );
+            self.end(now, Outcome::Failed { message, code: 1 }, effects);
+            self.advance(now, effects);
+        }
     }
 
-    #[test]
-    fn a_commit_is_made_once_all_ranks_have_written_and_told_to_all() {
-        let mut run = Run::new(1, 2, 0);
-        run.train(&["a"], 2);
-        assert_eq!(run.on(Event::PartsWritten { generation: 1, rank: 0, step: 5 }), []);
-        assert_eq!(
-            run.on(Event::PartsWritten { generation: 1, rank: 0, step: 5 }),
-            [],
-            "a repeated report counts once"
-        );
-        let effects = run.on(Event::PartsWritten { generation: 1, rank: 1, step: 5 });
-        assert_eq!(effects, [Effect::WriteCommit { generation: 1, step: 5 }]);
-        let told = run.on(Event::Committed { generation: 1, seq: 9, step: 5 });
-        assert_eq!(told.iter().filter(|e| matches!(e, Effect::TellCommitted { seq: 9, .. })).count(), 2);
+    fn form(&mut self, now: Instant, places: Vec<Place>, effects: &mut Vec<Effect>) {
+        self.generation += 1;
+        let mut names: Vec<&String> = Vec::new();
+        let mut nodes = Vec::with_capacity(places.len());
+        for (node, _) in &places {
+            if names.last() != Some(&node) {
+                names.push(node);
+            }
+            nodes.push(names.len() as u32 - 1);
+        }
+        for (rank, place) in (0..).zip(&places) {
+            if let Some(rank) = self.ranks.get_mut(place) {
+                rank.state = RankState::Member;
+            }
+            let (place, nodes) = (place.clone(), nodes.clone());
+            effects.push(Effect::Assign { place, generation: self.generation, rank, nodes });
+        }
+        self.newcomers = None;
+        self.state = State::Forming { heard: now, members: Members { places, ..Members::default() } };
     }
 
-    #[test]
-    fn a_lost_rank_ends_the_generation_and_the_next_one_waits_for_the_others_to_be_gone() {
-        let mut run = Run::new(1, 2, 1);
-        run.train(&["a"], 2);
-        let effects = run.exit("a", 0, 139);
-        assert!(
-            effects.iter().any(|e| matches!(e, Effect::Restarted { reason } if reason.contains("139"))),
-            "{effects:?}"
-        );
-        assert!(effects.contains(&Effect::StopRanks { node: "a".into(), generation: 1 }));
-        assert!(!effects.iter().any(|e| matches!(e, Effect::StartRanks { .. })), "rank 1 still lives");
-        let effects = run.exit("a", 1, 143);
-        assert_eq!(effects, [Effect::StartRanks { node: "a".into(), generation: 2, count: 2 }]);
-        assert_eq!(
-            run.on(Event::PartsWritten { generation: 1, rank: 1, step: 5 }),
-            [],
-            "an old generation commits nothing"
-        );
+    fn train(&mut self, now: Instant, members: Members, effects: &mut Vec<Effect>) {
+        let (world, from_commit) = (members.places.len() as u32, members.from_commit);
+        if let Some(episode) = self.episode.take() {
+            effects.push(Effect::Regrouped(Change {
+                reason: episode.reason,
+                failure: episode.failure.unwrap_or(true),
+                world_before: episode.world,
+                world,
+                took: now.duration_since(episode.since),
+                step: members.step,
+                steps_lost: episode.step.saturating_sub(members.step),
+                from_commit,
+            }));
+        }
+        self.step = members.step;
+        effects.push(Effect::Started { generation: self.generation, world, from_commit });
+        self.state = State::Training { heard: now, members };
+        self.send_stop(effects);
+        self.change(now, effects);
     }
 
-    #[test]
-    fn the_restart_budget_ends_and_the_users_mistakes_are_not_tried_again() {
-        let mut run = Run::new(1, 1, 0);
-        run.train(&["a"], 1);
-        let effects = run.exit("a", 0, 1);
-        assert!(matches!(outcome(&effects), Some(Outcome::Failed { code: 1, .. })), "{effects:?}");
-
-        let mut run = Run::new(1, 1, 9);
-        run.train(&["a"], 1);
-        run.on(Event::RankFailed { generation: 1, rank: 0, message: "no such key".into(), code: 78 });
-        let effects = run.exit("a", 0, 78);
-        assert!(
-            matches!(outcome(&effects), Some(Outcome::Failed { code: 78, message }) if message.contains("no such key"))
-        );
+    /// Nobody got anywhere: somebody hangs. Those that can come back do so soon.
+    fn silent(&mut self, now: Instant, reason: String, effects: &mut Vec<Effect>) {
+        if self.spend(now, &reason, effects) {
+            self.break_off(now, reason, Some(true), BREAK_OFF_SILENT, effects);
+        }
     }
 
-    #[test]
-    fn a_stop_asks_every_rank_and_the_run_is_suspended_when_they_have_committed_and_gone() {
-        let mut run = Run::new(1, 2, 0);
-        run.train(&["a"], 2);
-        let effects = run.on(Event::StopRequested);
-        assert_eq!(effects.iter().filter(|e| matches!(e, Effect::Stop { .. })).count(), 2);
-        run.on(Event::RankFinished { generation: 1, rank: 0, stopped: true });
-        run.on(Event::RankFinished { generation: 1, rank: 1, stopped: true });
-        run.exit("a", 0, 0);
-        let effects = run.exit("a", 1, 0);
-        assert!(matches!(outcome(&effects), Some(Outcome::Suspended { .. })), "{effects:?}");
-        assert!(effects.iter().any(|e| matches!(e, Effect::Leave { .. })));
+    /// Makes room for those who leave, and for those who came.
+    fn change(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let State::Training { members, .. } = &self.state else { return };
+        if self.stop.is_some() || !members.finished.is_empty() {
+            return;
+        }
+        let gone = members.places.iter().find(|place| self.nodes.get(&place.0).is_some_and(|node| node.leaving));
+        if let Some((node, _)) = gone.cloned() {
+            self.preempting(now, &node, effects);
+            return;
+        }
+        let newcomers = self.ready();
+        let Some((node, _)) = newcomers.first() else {
+            self.newcomers = None;
+            return;
+        };
+        let since = *self.newcomers.get_or_insert(now);
+        let more = self.ranks.values().any(|rank| rank.state == RankState::Starting);
+        if !more || now.duration_since(since) >= JOIN_TOGETHER {
+            let reason = format!("{} rank(s) joined, the first on node {node}", newcomers.len());
+            self.pause(now, reason, false, effects);
+        }
     }
 
-    #[test]
-    fn silence_beyond_the_step_timeout_is_a_failure_and_a_sign_of_life_is_not() {
-        let mut run = Run::new(1, 1, 1);
-        run.train(&["a"], 1);
-        run.wait(29);
-        run.on(Event::Progress { generation: 1 });
-        assert_eq!(run.wait(29), []);
-        assert!(run.wait(2).iter().any(|e| matches!(e, Effect::Restarted { .. })));
+    /// Whether those asked to come back have done so.
+    fn come_back(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let State::Pausing { until, hard, members } = &self.state else { return };
+        let (until, hard) = (*until, *hard);
+        let away: Vec<Place> = self.away(members).cloned().collect();
+        if away.is_empty() {
+            // Ranks finish together: one that has done so speaks for all.
+            if !members.finished.is_empty() {
+                let stopped = members.stopped;
+                self.finish(now, stopped, effects);
+                return;
+            }
+            if let Some(Episode { failure: failure @ None, reason, .. }) = &mut self.episode {
+                *failure = Some(true);
+                let reason = reason.clone();
+                if !self.spend(now, &reason, effects) {
+                    self.advance(now, effects);
+                    return;
+                }
+            }
+            self.send_home(effects);
+            self.state = State::Gathering { since: now };
+            self.advance(now, effects);
+            if let State::Gathering { .. } = self.state {
+                let (reason, least) = (self.episode.as_ref().map_or("", |e| e.reason.as_str()), self.settings.min_nodes);
+                effects.push(Effect::Note { message: format!("{reason}; waiting for at least {least} node(s)") });
+            }
+        } else if now >= until {
+            if hard {
+                self.end_the_stuck(now, away, effects);
+            } else {
+                self.silent(now, "the ranks did not come to the end of their step".into(), effects);
+            }
+        }
     }
 
-    #[test]
-    fn nodes_that_do_not_come_fail_the_run_with_the_count() {
-        let mut run = Run::new(2, 1, 0);
-        run.on(Event::NodeJoined { node: "a".into(), address: "at-a".into() });
-        let effects = run.wait(61);
-        assert!(
-            matches!(outcome(&effects), Some(Outcome::Failed { message, .. }) if message.contains("1 of at least 2"))
-        );
+    /// Ladder: first the rank process, then its node.
+    fn end_the_stuck(&mut self, now: Instant, away: Vec<Place>, effects: &mut Vec<Effect>) {
+        let mut nodes = BTreeSet::new();
+        for place in away {
+            let Some(rank) = self.ranks.get_mut(&place) else { continue };
+            if rank.killed {
+                nodes.insert(place.0);
+            } else {
+                rank.killed = true;
+                effects.push(Effect::KillRank { place, attempt: rank.attempt });
+            }
+        }
+        if let State::Pausing { until, .. } = &mut self.state {
+            *until = now + REPORT;
+        }
+        for node in nodes {
+            self.node_lost(now, &node, effects);
+        }
+    }
+
+    fn finish(&mut self, now: Instant, stopped: bool, effects: &mut Vec<Effect>) {
+        let outcome = if stopped {
+            Outcome::Suspended { reason: self.stop.clone().unwrap_or_else(|| "stopped".into()) }
+        } else {
+            Outcome::Finished
+        };
+        self.end(now, outcome, effects);
+        self.advance(now, effects);
     }
 }

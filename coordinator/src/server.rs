@@ -21,12 +21,16 @@ use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::launcher::Launcher;
-use crate::machine::{Effect, Event, Machine, Outcome, Place, Settings};
+use crate::launcher::{Ended, Launcher};
+use crate::machine::{Change, Effect, Event, Machine, Outcome, Place, Settings};
 use crate::view::RunView;
 
 /// How often time alone is looked at.
-const TICK: Duration = Duration::from_millis(250);
+const TICK: Duration = Duration::from_millis(100);
+/// Silence after which a connection counts as broken: twice this.
+const HEARTBEAT: Duration = Duration::from_millis(1500);
+/// A pause between two tries of a commit is never longer.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// A run to coordinate.
 pub struct Coordinator<L> {
@@ -49,8 +53,10 @@ enum Input {
     Event(Event),
     Node(String, mpsc::UnboundedSender<Result<NodeOrder, Status>>),
     Rank(Place, mpsc::UnboundedSender<Result<RankOrder, Status>>),
-    Progress(v1::Progress),
-    Parts { generation: u64, rank: u32, parts: v1::PartsWritten },
+    Progress(Place, v1::Progress),
+    Parts { generation: u64, place: Place, parts: v1::PartsWritten },
+    AskCommit(Place),
+    Found(Place, Result<Option<Commit>>),
     Committed { generation: u64, step: u64, result: Result<Commit> },
 }
 
@@ -70,7 +76,8 @@ impl<L: Launcher> Coordinator<L> {
         let over = ended.clone();
         let server = tokio::spawn(
             tonic::transport::Server::builder()
-                .http2_keepalive_interval(Some(Duration::from_secs(10)))
+                .http2_keepalive_interval(Some(HEARTBEAT))
+                .http2_keepalive_timeout(Some(HEARTBEAT))
                 .add_service(service)
                 .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move { over.cancelled().await }),
         );
@@ -88,11 +95,7 @@ impl<L: Launcher> Coordinator<L> {
         inputs: mpsc::Sender<Input>,
         mut received: mpsc::Receiver<Input>,
     ) -> Result<Outcome> {
-        let newest = Commits::new(&self.run).newest_intact().await?;
-        for skipped in newest.iter().flat_map(|found| &found.skipped) {
-            tracing::warn!("{skipped}");
-        }
-        let commit = newest.map(|found| found.commit);
+        let commit = newest(&self.run).await?;
         let generation = commit.as_ref().map_or(0, |commit| commit.progress.generation);
         let settings = Settings {
             nodes: self.spec.nodes,
@@ -103,13 +106,17 @@ impl<L: Launcher> Coordinator<L> {
             step_timeout: Duration::from_secs(self.spec.config.step_timeout_s),
         };
         let (machine, effects) = Machine::start(settings, generation, Instant::now());
+        let (ended, mut ends) = mpsc::unbounded_channel();
         let mut desk = Desk {
             machine,
             commit,
             nodes: BTreeMap::new(),
             ranks: BTreeMap::new(),
             parts: BTreeMap::new(),
+            writing: false,
+            asking: Vec::new(),
             inputs,
+            ended,
             coordinator: format!("http://{address}"),
             owner: &self,
         };
@@ -124,6 +131,7 @@ impl<L: Launcher> Coordinator<L> {
                     Some(event) => event,
                     None => continue,
                 },
+                Some(Ended { slot, attempt, code }) = ends.recv() => Event::LaunchEnded { slot, attempt, code },
                 _ = tick.tick() => Event::Tick,
                 () = self.stop.cancelled(), if !asked => { asked = true; Event::StopRequested }
                 () = self.kill.cancelled() => {
@@ -152,9 +160,14 @@ struct Desk<'a, L> {
     commit: Option<Commit>,
     nodes: BTreeMap<String, mpsc::UnboundedSender<Result<NodeOrder, Status>>>,
     ranks: BTreeMap<Place, mpsc::UnboundedSender<Result<RankOrder, Status>>>,
-    /// Parts of checkpoints under way, by step.
-    parts: BTreeMap<u64, Vec<v1::PartsWritten>>,
+    /// Parts of checkpoints under way, by generation and step.
+    parts: BTreeMap<(u64, u64), Vec<v1::PartsWritten>>,
+    /// A commit is being written: what is newest is not known before it ends.
+    writing: bool,
+    /// Who waits to hear which commit is newest.
+    asking: Vec<Place>,
     inputs: mpsc::Sender<Input>,
+    ended: mpsc::UnboundedSender<Ended>,
     coordinator: String,
 }
 
@@ -170,10 +183,17 @@ impl<L: Launcher> Desk<'_, L> {
                 None
             }
             Input::Rank(place, orders) => {
-                self.ranks.insert(place, orders);
+                self.ranks.insert(place.clone(), orders);
+                // A spec that is not JSON would have been refused when it was made.
+                let spec_json = serde_json::to_string(&self.owner.spec).unwrap_or_default();
+                let run_url = self.owner.run.url().to_owned();
+                self.tell(&place, rank_order::Order::Welcome(v1::Welcome { run_url, spec_json }));
                 None
             }
-            Input::Progress(progress) => {
+            Input::Progress(place, progress) => {
+                if self.machine.first_place() != Some(&place) {
+                    return None;
+                }
                 self.owner.view.send_modify(|view| {
                     view.phase = progress.phase;
                     view.epoch = progress.epoch;
@@ -187,23 +207,56 @@ impl<L: Launcher> Desk<'_, L> {
                 });
                 None
             }
-            Input::Parts { generation, rank, parts } => {
+            Input::Parts { generation, place, parts } => {
                 if generation != self.machine.generation() {
                     return None;
                 }
                 let step = parts.step;
-                self.parts.entry(step).or_default().push(parts);
-                Some(Event::PartsWritten { generation, rank, step })
+                self.parts.entry((generation, step)).or_default().push(parts);
+                Some(Event::PartsWritten { generation, place, step })
             }
-            Input::Committed { generation, step, result } => match result {
+            Input::AskCommit(place) => {
+                self.asking.push(place);
+                self.answer();
+                None
+            }
+            Input::Found(place, result) => match result {
                 Ok(commit) => {
-                    let seq = commit.seq;
-                    self.commit = Some(commit);
-                    self.owner.view.send_modify(|view| view.last_commit = Some(seq));
-                    Some(Event::Committed { generation, seq, step })
+                    let seq = commit.as_ref().map(|commit| commit.seq);
+                    self.commit = commit;
+                    self.tell(&place, rank_order::Order::Newest(v1::Newest { commit: seq }));
+                    None
                 }
-                Err(error) => Some(Event::CommitFailed { generation, reason: format!("the commit failed: {error:#}") }),
+                Err(error) => Some(Event::CommitFailed { reason: format!("no commit to go back to: {error:#}") }),
             },
+            Input::Committed { generation, step, result } => {
+                self.writing = false;
+                match result {
+                    Ok(commit) => {
+                        let seq = commit.seq;
+                        self.commit = Some(commit);
+                        self.owner.view.send_modify(|view| view.last_commit = Some(seq));
+                        self.answer();
+                        Some(Event::Committed { generation, seq, step })
+                    }
+                    Err(error) => Some(Event::CommitFailed { reason: format!("the commit failed: {error:#}") }),
+                }
+            }
+        }
+    }
+
+    /// Looks the newest intact commit up for those who ask, once none is being written.
+    fn answer(&mut self) {
+        if self.writing {
+            return;
+        }
+        for place in self.asking.drain(..) {
+            let (run, inputs) = (self.owner.run.clone(), self.inputs.clone());
+            tokio::spawn(async move {
+                let found = newest(&run).await;
+                // The receiver is gone when the run has ended: nobody is left to tell.
+                let _ = inputs.send(Input::Found(place, found)).await;
+            });
         }
     }
 
@@ -211,53 +264,49 @@ impl<L: Launcher> Desk<'_, L> {
         for effect in effects {
             tracing::debug!(?effect, "decided");
             match effect {
-                Effect::Launch { slot, attempt } => self.owner.launcher.launch(slot, attempt, &self.coordinator)?,
-                Effect::StartRanks { node, generation, count } => {
-                    self.ranks.retain(|place, _| place.0 != node);
-                    self.parts.clear();
-                    self.order(&node, node_order::Order::Start(v1::StartRanks { generation, count }));
+                Effect::Launch { slot, attempt } => {
+                    self.owner.launcher.launch(slot, attempt, &self.coordinator, self.ended.clone())?;
                 }
-                Effect::StopRanks { node, generation } => {
-                    self.order(&node, node_order::Order::Stop(v1::StopRanks { generation }));
+                Effect::Discard { slot, attempt } => self.owner.launcher.discard(slot, attempt),
+                Effect::StartRank { place: (node, local_rank), attempt } => {
+                    self.order(&node, node_order::Order::Start(v1::StartRank { local_rank, attempt }));
+                }
+                Effect::KillRank { place: (node, local_rank), attempt } => {
+                    self.order(&node, node_order::Order::Kill(v1::KillRank { local_rank, attempt }));
                 }
                 Effect::Leave { node, reason, code } => {
                     self.order(&node, node_order::Order::Leave(v1::Leave { reason, exit_code: code }));
                 }
-                Effect::Assign { place, generation, rank, world } => {
-                    let spec_json = serde_json::to_string(&self.owner.spec).context("the spec is not JSON")?;
-                    let assignment = v1::Assignment {
-                        generation,
-                        rank,
-                        world,
-                        run_url: self.owner.run.url().to_owned(),
-                        spec_json,
-                        commit: self.commit.as_ref().map(|commit| commit.seq),
-                    };
-                    self.tell(&place, rank_order::Order::Assignment(assignment));
+                Effect::Assign { place, generation, rank, nodes } => {
+                    // What an earlier generation had begun to write comes to nothing.
+                    self.parts.retain(|&(of, _), _| of == generation);
+                    self.tell(&place, rank_order::Order::Assignment(v1::Assignment { generation, rank, nodes }));
                 }
                 Effect::Rendezvous { place, host, port } => {
                     self.tell(&place, rank_order::Order::Rendezvous(v1::Rendezvous { host, port }));
                 }
                 Effect::Stop { place, reason } => self.tell(&place, rank_order::Order::Stop(v1::Stop { reason })),
+                Effect::Pause { place, generation, reason, leaving, commit } => {
+                    self.tell(&place, rank_order::Order::Pause(v1::Pause { generation, reason, leaving, commit }));
+                }
+                Effect::Regroup { place, generation, reason } => {
+                    self.tell(&place, rank_order::Order::Regroup(v1::Regroup { generation, reason }));
+                }
                 Effect::WriteCommit { generation, step } => self.write_commit(generation, step),
                 Effect::TellCommitted { place, seq, step } => {
                     self.tell(&place, rank_order::Order::Committed(v1::Committed { seq, step }));
                 }
-                Effect::Started { generation, world } => {
+                Effect::Started { generation, world, from_commit } => {
                     self.owner.view.send_modify(|view| {
                         view.generation = generation;
                         view.ranks = world;
                     });
-                    let from_commit = self.commit.as_ref().map(|commit| commit.seq);
                     self.owner.record(EventKind::Started { world, from_commit }).await?;
                 }
-                Effect::Restarted { reason } => {
-                    tracing::warn!("{reason}");
-                    self.owner.view.send_modify(|view| {
-                        view.restarts += 1;
-                        view.message = Some(reason.clone());
-                    });
-                    self.owner.record(EventKind::Restarted { reason }).await?;
+                Effect::Regrouped(change) => self.regrouped(change).await?,
+                Effect::Note { message } => {
+                    tracing::warn!("{message}");
+                    self.owner.view.send_modify(|view| view.message = Some(message));
                 }
                 Effect::End(outcome) => {
                     self.owner
@@ -272,6 +321,26 @@ impl<L: Launcher> Desk<'_, L> {
             }
         }
         Ok(None)
+    }
+
+    async fn regrouped(&self, change: Change) -> Result<()> {
+        tracing::warn!(
+            world = change.world,
+            seconds = change.took.as_secs_f64(),
+            steps_lost = change.steps_lost,
+            "training goes on: {}",
+            change.reason
+        );
+        self.owner.view.send_modify(|view| {
+            view.restarts += u32::from(change.failure);
+            view.message = Some(change.reason.clone());
+            view.changes.push(change.clone());
+        });
+        let Change { reason, failure, world_before, world, took, steps_lost, from_commit, .. } = change;
+        let seconds = took.as_secs_f64();
+        let kind =
+            EventKind::Regrouped { reason, failure, world_before, world, seconds, steps_lost, from_commit };
+        Ok(self.owner.record(kind).await?)
     }
 
     /// Sends to a node. One that is gone will be noticed by its stream's end.
@@ -290,17 +359,18 @@ impl<L: Launcher> Desk<'_, L> {
 
     /// Writes the commit of `step` beside the event loop, and retires old ones behind it.
     fn write_commit(&mut self, generation: u64, step: u64) {
-        let written = self.parts.remove(&step).unwrap_or_default();
+        let written = self.parts.remove(&(generation, step)).unwrap_or_default();
         let parent = self.commit.clone();
         let run = self.owner.run.clone();
         let keep = self.owner.spec.config.checkpoint.clone();
         let inputs = self.inputs.clone();
+        self.writing = true;
         tokio::spawn(async move {
             let result = async {
                 let progress = assemble(written)?;
                 let commit = Commit::after(parent.as_ref(), progress, jiff::Timestamp::now());
                 let commits = Commits::new(&run);
-                commits.append(&commit).await?;
+                append(&commits, &commit).await?;
                 if let Err(error) = commits.retain(&keep).await {
                     tracing::warn!(%error, "old commits were not removed; the next commit tries again");
                 }
@@ -311,6 +381,34 @@ impl<L: Launcher> Desk<'_, L> {
             let _ = inputs.send(Input::Committed { generation, step, result }).await;
         });
     }
+}
+
+/// Makes a commit durable, through what passes by itself.
+async fn append(commits: &Commits, commit: &Commit) -> Result<(), RunStoreError> {
+    let mut pause = Duration::from_millis(200);
+    loop {
+        match commits.append(commit).await {
+            Err(RunStoreError::Store(error)) if !error.is_permanent() && pause < LONGEST_PAUSE => {
+                tracing::warn!(%error, seq = commit.seq, "the commit was not written, trying again");
+            }
+            result => return result,
+        }
+        tokio::time::sleep(pause).await;
+        pause *= 2;
+    }
+}
+
+/// The newest commit that can be gone back to. Newer ones that are damaged are put away, and the run's events say so.
+async fn newest(run: &Store) -> Result<Option<Commit>> {
+    let commits = Commits::new(run);
+    let Some(found) = commits.newest_intact().await? else { return Ok(None) };
+    for (seq, reason) in found.skipped {
+        tracing::warn!("commit {seq} cannot be used: {reason}; going back to commit {}", found.commit.seq);
+        let now = jiff::Timestamp::now();
+        commits.set_aside(seq, now).await?;
+        Events::new(run).append(EventKind::SetAside { seq, reason }, now).await?;
+    }
+    Ok(Some(found.commit))
 }
 
 /// One record of what all ranks wrote.
@@ -358,27 +456,30 @@ impl Service for Streams {
             Some(node_event::Event::Hello(hello)) => Some(&hello.run),
             _ => None,
         })?;
-        let Some(node_event::Event::Hello(v1::NodeHello { node, address, .. })) = first.event else {
+        let Some(node_event::Event::Hello(v1::NodeHello { node, address, slot, .. })) = first.event else {
             return Err(Status::invalid_argument("the first message must be a hello"));
         };
         let (orders, out) = mpsc::unbounded_channel();
         let inputs = self.inputs.clone();
         tokio::spawn(async move {
-            let known = Self::send(&inputs, Input::Node(node.clone(), orders)).await
-                && Self::send(&inputs, Input::Event(Event::NodeJoined { node: node.clone(), address })).await;
+            let joined = Event::NodeJoined { node: node.clone(), slot, address };
+            let mut known = Self::send(&inputs, Input::Node(node.clone(), orders)).await
+                && Self::send(&inputs, Input::Event(joined)).await;
             while let (true, Ok(Some(message))) = (known, events.message().await) {
-                if let Some(node_event::Event::Exited(e)) = message.event {
-                    let event = Event::RankExited {
-                        node: node.clone(),
-                        generation: e.generation,
-                        local_rank: e.local_rank,
+                let event = match message.event {
+                    Some(node_event::Event::Exited(e)) => Event::RankExited {
+                        place: (node.clone(), e.local_rank),
+                        attempt: e.attempt,
                         code: e.code,
                         last_words: e.last_words,
-                    };
-                    if !Self::send(&inputs, Input::Event(event)).await {
-                        break;
-                    }
-                }
+                    },
+                    Some(node_event::Event::Preempting(e)) => Event::Preempting {
+                        node: node.clone(),
+                        deadline: Duration::from_secs(e.deadline_s.into()),
+                    },
+                    Some(node_event::Event::Hello(_)) | None => continue,
+                };
+                known = Self::send(&inputs, Input::Event(event)).await;
             }
             Self::send(&inputs, Input::Event(Event::NodeLost { node })).await;
         });
@@ -391,41 +492,46 @@ impl Service for Streams {
             Some(rank_event::Event::Hello(hello)) => Some(&hello.run),
             _ => None,
         })?;
-        let Some(rank_event::Event::Hello(v1::RankHello { node, local_rank, generation, .. })) = first.event else {
+        let Some(rank_event::Event::Hello(v1::RankHello { node, local_rank, attempt, .. })) = first.event else {
             return Err(Status::invalid_argument("the first message must be a hello"));
         };
         let (orders, out) = mpsc::unbounded_channel();
         let inputs = self.inputs.clone();
         tokio::spawn(async move {
-            let joined = Event::RankJoined { node: node.clone(), generation, local_rank };
-            if !Self::send(&inputs, Input::Rank((node, local_rank), orders)).await
-                || !Self::send(&inputs, Input::Event(joined)).await
-            {
+            let place = (node, local_rank);
+            if !Self::send(&inputs, Input::Rank(place.clone(), orders)).await {
                 return;
             }
             // A stream that ends says nothing: the supervisor reports how the process ended.
-            while let Ok(Some(RankEvent { rank, event: Some(event) })) = events.message().await {
+            while let Ok(Some(RankEvent { generation, event: Some(event) })) = events.message().await {
+                let place = place.clone();
                 let input = match event {
                     rank_event::Event::Hello(_) => continue,
+                    rank_event::Event::Ready(ready) => {
+                        let broken = Some(ready.broken).filter(|broken| !broken.is_empty());
+                        Input::Event(Event::RankReady { place, attempt, generation, broken })
+                    }
                     rank_event::Event::Store(store) => {
                         Input::Event(Event::StoreListening { generation, port: store.port })
                     }
+                    rank_event::Event::AskCommit(_) => Input::AskCommit(place),
+                    rank_event::Event::Reunited(v1::Reunited { step, from_commit }) => {
+                        Input::Event(Event::Reunited { generation, place, step, from_commit })
+                    }
                     rank_event::Event::Progress(progress) => {
-                        if !Self::send(&inputs, Input::Event(Event::Progress { generation })).await {
+                        let alive = Event::Progress { generation, step: progress.step };
+                        if !Self::send(&inputs, Input::Event(alive)).await {
                             break;
                         }
-                        if rank != 0 {
-                            continue;
-                        }
-                        Input::Progress(progress)
+                        Input::Progress(place, progress)
                     }
-                    rank_event::Event::Parts(parts) => Input::Parts { generation, rank, parts },
+                    rank_event::Event::Parts(parts) => Input::Parts { generation, place, parts },
                     rank_event::Event::Finished(finished) => {
-                        Input::Event(Event::RankFinished { generation, rank, stopped: finished.stopped })
+                        Input::Event(Event::RankFinished { generation, place, stopped: finished.stopped })
                     }
                     rank_event::Event::Failed(failed) => Input::Event(Event::RankFailed {
-                        generation,
-                        rank,
+                        place,
+                        attempt,
                         message: failed.message,
                         code: failed.exit_code,
                     }),

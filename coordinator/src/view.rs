@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::machine::Change;
+
 /// A run at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RunView {
@@ -27,8 +29,10 @@ pub struct RunView {
     pub samples_per_second: f64,
     /// Newest commit.
     pub last_commit: Option<u64>,
-    /// Restarts so far.
+    /// Failures survived so far.
     pub restarts: u32,
+    /// Membership changes so far, in order.
+    pub changes: Vec<Change>,
     /// The last thing worth telling.
     pub message: Option<String>,
 }

@@ -37,6 +37,10 @@ pub(crate) enum Command {
     Status(StatusArgs),
     /// The runs in a bucket
     List(ListArgs),
+    /// A run's life: every membership change with its cause and cost
+    Describe(DescribeArgs),
+    /// Prove from the bucket alone that a run lost nothing and repeated nothing
+    Verify(VerifyArgs),
     /// Fetch a run's weights and verify them
     Pull(PullArgs),
     /// Probe weights on a labelled patch set: k nearest neighbours and a linear classifier
@@ -153,6 +157,9 @@ pub(crate) struct RunArgs {
     /// Ranks on each node, one device each [default: 1; the run's own with --resume]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64), value_name = "RANKS")]
     pub(crate) ranks_per_node: Option<u32>,
+    /// Fewest nodes that go on training when others are lost [default: 1]
+    #[arg(long, value_name = "N")]
+    pub(crate) min_nodes: Option<u32>,
     /// Patch set to train on (optional with --resume)
     #[arg(long, value_name = "URL", required_unless_present = "resume")]
     pub(crate) data: Option<String>,
@@ -222,6 +229,37 @@ pub(crate) struct PullArgs {
     /// Commit whose export to fetch [default: the newest]
     #[arg(long)]
     pub(crate) commit: Option<u64>,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Example:
+  sgclctl describe first --bucket runs
+
+Says what every membership change was caused by, how long it took until training went on, and how many steps had to be trained
+again; goodput is the share of the time that was not spent on changes.")]
+pub(crate) struct DescribeArgs {
+    /// Name of the run
+    pub(crate) run: String,
+    #[command(flatten)]
+    pub(crate) bucket: Bucket,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Example:
+  sgclctl verify first --bucket runs
+
+Reads every commit and every part of it, follows the plans of every epoch again, and compares with the ledgers: each patch exactly
+once an epoch, commits in one chain, nothing missing or damaged. Ends with 65 where anything is wrong, naming it.")]
+pub(crate) struct VerifyArgs {
+    /// Name of the run
+    pub(crate) run: String,
+    #[command(flatten)]
+    pub(crate) bucket: Bucket,
+    /// The run's patch set, where it was moved [default: as the run has it]
+    #[arg(long, value_name = "URL")]
+    pub(crate) data: Option<String>,
 }
 
 const EVAL_EXAMPLES: &str = "\

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod loader;
+mod reunite;
 mod ring;
 mod setup;
 mod step;
@@ -13,12 +14,16 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Args;
 use nix::sys::signal::Signal;
+use sgcl::collective::CollectiveError;
+use sgcl::kmeans::KMeansError;
+use sgcl::objective::StepError;
 use sgcl_patchset::StoreError;
 use sgcl_proto::{exit, v1};
 use sgcl_runstore::RunStoreError;
 use tokio::runtime::Handle;
 
-use crate::session::Session;
+use crate::session::{BrokenOff, Session};
+use train::End;
 
 /// Arguments of `sgcl-worker rank`.
 #[derive(Args, Debug)]
@@ -35,9 +40,9 @@ pub(crate) struct RankArgs {
     /// Number on the node, from 0
     #[arg(long)]
     local_rank: u32,
-    /// Membership that this rank is started for
+    /// Count of the processes started in this place before
     #[arg(long)]
-    generation: u64,
+    attempt: u32,
     /// Address at which other nodes' ranks reach this one
     #[arg(long)]
     address: String,
@@ -53,16 +58,16 @@ pub(crate) fn main(runtime: &Handle, args: &RankArgs) -> ExitCode {
         run: args.run.clone(),
         node: args.node.clone(),
         local_rank: args.local_rank,
-        generation: args.generation,
+        attempt: args.attempt,
     };
-    let (mut session, assignment) = match Session::open(runtime, &args.coordinator, hello) {
+    let (mut session, welcome) = match Session::open(runtime, &args.coordinator, hello) {
         Ok(open) => open,
         Err(error) => {
             tracing::error!("{error:#}");
             return ExitCode::from(exit::INTERNAL);
         }
     };
-    match work(runtime, args, &mut session, assignment) {
+    match work(runtime, args, &mut session, &welcome) {
         Ok(stopped) => {
             session.finished(stopped);
             ExitCode::from(exit::DONE)
@@ -76,9 +81,37 @@ pub(crate) fn main(runtime: &Handle, args: &RankArgs) -> ExitCode {
     }
 }
 
-fn work(runtime: &Handle, args: &RankArgs, session: &mut Session, assignment: v1::Assignment) -> Result<bool> {
-    let trainer = setup::trainer(runtime, args.local_rank, &args.address, session, &assignment)?;
-    trainer.run(session)
+/// Generation after generation, with what this rank holds. True where the run was stopped before its end.
+fn work(runtime: &Handle, args: &RankArgs, session: &mut Session, welcome: &v1::Welcome) -> Result<bool> {
+    let mut trainer = setup::prepare(runtime, args.local_rank, &args.address, welcome)?;
+    let mut broken = None;
+    loop {
+        let assignment = session.assignment(trainer.step(), broken.take())?;
+        let end = trainer.join(session, &assignment).and_then(|()| trainer.train(session));
+        match end {
+            Ok(End::Finished) => return Ok(false),
+            Ok(End::Stopped) => return Ok(true),
+            Ok(End::Paused) => {}
+            Err(error) if is_broken(&error) => {
+                tracing::warn!(generation = assignment.generation, "{error:#}");
+                broken = Some(format!("{error:#}"));
+            }
+            Err(error) => return Err(error),
+        }
+        trainer.leave();
+    }
+}
+
+/// Whether the ring is what failed: another generation may do better, and this rank's state is as it was.
+fn is_broken(error: &anyhow::Error) -> bool {
+    let ring = |error: &CollectiveError| matches!(error, CollectiveError::Backend { .. });
+    error.chain().any(|cause| {
+        cause.is::<BrokenOff>()
+            || cause.downcast_ref().is_some_and(ring)
+            || cause.downcast_ref().is_some_and(sgcl_c10d::Error::regroup_may_help)
+            || matches!(cause.downcast_ref(), Some(StepError::Ring(error)) if ring(error))
+            || matches!(cause.downcast_ref(), Some(KMeansError::Collective(error)) if ring(error))
+    })
 }
 
 /// What a failure means to whoever restarts ranks: the user's to mend, or worth another try.

@@ -1,54 +1,116 @@
 //! A rank's line to the coordinator. The stream lives on tokio; training is a plain thread and uses the blocking calls here.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use sgcl_c10d::ProcessGroup;
 use sgcl_proto::MAX_MESSAGE_BYTES;
 use sgcl_proto::v1::coordinator_client::CoordinatorClient;
 use sgcl_proto::v1::{self, RankEvent, rank_event, rank_order};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::transport::{Channel, Endpoint};
+
+/// Silence after which a connection counts as broken: twice this.
+const HEARTBEAT: Duration = Duration::from_millis(1500);
+
+/// Time between two looks at what is waited for.
+const WAIT: Duration = Duration::from_millis(2);
+
+/// A connection that is made at the first call and notices when the other side falls silent.
+///
+/// # Errors
+/// Not a URL.
+pub(crate) fn channel(coordinator: &str) -> Result<Channel> {
+    let endpoint = Endpoint::from_shared(coordinator.to_owned()).with_context(|| format!("{coordinator}: not a URL"))?;
+    Ok(endpoint
+        .connect_timeout(Duration::from_secs(10))
+        .http2_keep_alive_interval(HEARTBEAT)
+        .keep_alive_timeout(HEARTBEAT)
+        .keep_alive_while_idle(true)
+        .connect_lazy())
+}
+
+/// What the coordinator wants of the generation that trains. Looked at between steps.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Wishes {
+    /// Finish the step, commit, end.
+    pub(crate) stop: bool,
+    /// Finish the step, hand over, be ready for the next generation.
+    pub(crate) pause: Option<v1::Pause>,
+}
+
+/// What orders act on at once, whatever the rank is doing.
+#[derive(Default)]
+struct Shared {
+    generation: u64,
+    wishes: Wishes,
+    /// The newest generation that was broken off, and why. The order may come before the assignment is looked at.
+    broken: Option<(u64, String)>,
+    /// Step and number of the newest commit of this generation.
+    committed: Option<(u64, u64)>,
+    /// Aborted when the generation breaks off: whoever waits for a peer gets an error.
+    group: Option<Arc<ProcessGroup>>,
+}
+
+impl Shared {
+    fn check(&self) -> Result<(), BrokenOff> {
+        match &self.broken {
+            Some((generation, reason)) if *generation == self.generation => Err(BrokenOff(reason.clone())),
+            _ => Ok(()),
+        }
+    }
+}
 
 /// An open line.
 pub(crate) struct Session {
     runtime: Handle,
     events: mpsc::UnboundedSender<RankEvent>,
     orders: mpsc::UnboundedReceiver<rank_order::Order>,
-    stop: Arc<AtomicBool>,
-    rank: u32,
+    shared: Arc<Mutex<Shared>>,
+    generation: u64,
 }
 
 impl Session {
-    /// Says hello and waits to be told who we are. Blocks.
+    /// Says hello and hears what to prepare for. Blocks.
     ///
     /// # Errors
     /// The coordinator cannot be reached, or refuses.
-    pub(crate) fn open(runtime: &Handle, coordinator: &str, hello: v1::RankHello) -> Result<(Self, v1::Assignment)> {
+    pub(crate) fn open(runtime: &Handle, coordinator: &str, hello: v1::RankHello) -> Result<(Self, v1::Welcome)> {
         let (events, out) = mpsc::unbounded_channel();
         let (inbox, orders) = mpsc::unbounded_channel();
-        let stop = Arc::new(AtomicBool::new(false));
-        let mut session = Self { runtime: runtime.clone(), events, orders, stop: Arc::clone(&stop), rank: 0 };
+        let shared = Arc::new(Mutex::new(Shared::default()));
+        let mut session =
+            Self { runtime: runtime.clone(), events, orders, shared: Arc::clone(&shared), generation: 0 };
         session.send(rank_event::Event::Hello(hello));
         let mut stream = runtime.block_on(async {
-            let client = CoordinatorClient::connect(coordinator.to_owned())
+            let mut client = CoordinatorClient::new(channel(coordinator)?)
+                .max_decoding_message_size(MAX_MESSAGE_BYTES)
+                .max_encoding_message_size(MAX_MESSAGE_BYTES);
+            let stream = client
+                .rank(UnboundedReceiverStream::new(out))
                 .await
-                .with_context(|| format!("cannot reach the coordinator at {coordinator}"))?;
-            let mut client =
-                client.max_decoding_message_size(MAX_MESSAGE_BYTES).max_encoding_message_size(MAX_MESSAGE_BYTES);
-            let stream = client.rank(UnboundedReceiverStream::new(out)).await.context("the coordinator refused")?;
+                .with_context(|| format!("the coordinator at {coordinator} cannot be reached, or refused"))?;
             anyhow::Ok(stream.into_inner())
         })?;
         runtime.spawn(async move {
             while let Ok(Some(message)) = stream.message().await {
                 match message.order {
-                    // Looked at between steps, whatever else is being waited for.
-                    Some(rank_order::Order::Stop(_)) => stop.store(true, Ordering::Relaxed),
+                    Some(rank_order::Order::Stop(_)) => lock(&shared).wishes.stop = true,
+                    Some(rank_order::Order::Pause(pause)) => {
+                        let mut shared = lock(&shared);
+                        if pause.generation == shared.generation {
+                            shared.wishes.pause = Some(pause);
+                        }
+                    }
+                    Some(rank_order::Order::Regroup(regroup)) => break_off(&shared, regroup),
+                    Some(rank_order::Order::Committed(commit)) => {
+                        lock(&shared).committed = Some((commit.step, commit.seq));
+                    }
                     Some(order) => {
-                        // Nobody waits for orders any more: the rank is at its end.
-                        let heard = inbox.send(order).is_ok();
-                        if !heard {
+                        if inbox.send(order).is_err() {
                             return;
                         }
                     }
@@ -57,17 +119,70 @@ impl Session {
             }
         });
         match session.next()? {
-            rank_order::Order::Assignment(assignment) => {
-                session.rank = assignment.rank;
-                Ok((session, assignment))
-            }
-            other => bail!("expected an assignment, got {other:?}"),
+            rank_order::Order::Welcome(welcome) => Ok((session, welcome)),
+            other => bail!("expected a welcome, got {other:?}"),
         }
     }
 
-    /// Whether the coordinator asked for an end after the current step.
-    pub(crate) fn stop_requested(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+    /// Tells that this rank is in no generation, with the step of the state it holds, and waits for one. Blocks.
+    ///
+    /// # Errors
+    /// The coordinator went away.
+    pub(crate) fn assignment(&mut self, step: Option<u64>, broken: Option<String>) -> Result<v1::Assignment> {
+        lock(&self.shared).group = None;
+        self.send(rank_event::Event::Ready(v1::Ready { step, broken: broken.unwrap_or_default() }));
+        loop {
+            match self.next()? {
+                rank_order::Order::Assignment(assignment) => {
+                    self.generation = assignment.generation;
+                    let mut shared = lock(&self.shared);
+                    shared.generation = assignment.generation;
+                    shared.wishes.pause = None;
+                    shared.committed = None;
+                    return Ok(assignment);
+                }
+                // Of the generation that broke off.
+                other => tracing::debug!(?other, "while waiting for a generation"),
+            }
+        }
+    }
+
+    /// What the coordinator wants of this generation.
+    pub(crate) fn wishes(&self) -> Wishes {
+        lock(&self.shared).wishes.clone()
+    }
+
+    /// The ring that breaks when the coordinator says so.
+    ///
+    /// # Errors
+    /// It has said so already.
+    pub(crate) fn hold(&self, group: &Arc<ProcessGroup>) -> Result<()> {
+        let mut shared = lock(&self.shared);
+        shared.check()?;
+        shared.group = Some(Arc::clone(group));
+        Ok(())
+    }
+
+    /// An error once the generation was broken off.
+    ///
+    /// # Errors
+    /// [`BrokenOff`].
+    pub(crate) fn check(&self) -> Result<()> {
+        Ok(lock(&self.shared).check()?)
+    }
+
+    /// Waits for the order to pause, which may arrive after a peer has acted on it. Blocks.
+    ///
+    /// # Errors
+    /// The generation was broken off instead.
+    pub(crate) fn pause(&self) -> Result<v1::Pause> {
+        loop {
+            self.check()?;
+            if let Some(pause) = self.wishes().pause {
+                return Ok(pause);
+            }
+            std::thread::sleep(WAIT);
+        }
     }
 
     /// Tells where rank 0's store listens.
@@ -75,15 +190,34 @@ impl Session {
         self.send(rank_event::Event::Store(v1::StoreListening { port: port.into() }));
     }
 
-    /// Waits for the ranks to be complete. Blocks.
+    /// Waits to hear where the store is. Blocks.
     ///
     /// # Errors
-    /// The coordinator went away.
+    /// The coordinator went away, or the generation was broken off.
     pub(crate) fn rendezvous(&mut self) -> Result<(String, u16)> {
-        match self.next()? {
-            rank_order::Order::Rendezvous(there) => Ok((there.host, u16::try_from(there.port)?)),
-            other => bail!("expected a rendezvous, got {other:?}"),
+        loop {
+            if let rank_order::Order::Rendezvous(there) = self.answer()? {
+                return Ok((there.host, u16::try_from(there.port)?));
+            }
         }
+    }
+
+    /// Asks which commit to go back to. Blocks.
+    ///
+    /// # Errors
+    /// The coordinator went away, or the generation was broken off.
+    pub(crate) fn newest_commit(&mut self) -> Result<Option<u64>> {
+        self.send(rank_event::Event::AskCommit(v1::AskCommit {}));
+        loop {
+            if let rank_order::Order::Newest(newest) = self.answer()? {
+                return Ok(newest.commit);
+            }
+        }
+    }
+
+    /// Tells that this rank has the state it needs.
+    pub(crate) fn reunited(&self, step: u64, from_commit: Option<u64>) {
+        self.send(rank_event::Event::Reunited(v1::Reunited { step, from_commit }));
     }
 
     /// Tells how far training is. Never waits.
@@ -91,18 +225,24 @@ impl Session {
         self.send(rank_event::Event::Progress(progress));
     }
 
-    /// Tells that parts are durable, and waits for their commit. Blocks.
+    /// What a checkpoint's writer needs to tell that its parts are durable, from whichever thread.
+    pub(crate) fn reporter(&self) -> Reporter {
+        Reporter { events: self.events.clone(), generation: self.generation }
+    }
+
+    /// Waits until the checkpoint of `step` is committed and returns the commit's number. Blocks.
     ///
     /// # Errors
-    /// The coordinator went away.
-    pub(crate) fn commit(&mut self, parts: v1::PartsWritten) -> Result<u64> {
-        let step = parts.step;
-        self.send(rank_event::Event::Parts(parts));
+    /// The generation was broken off.
+    pub(crate) fn committed(&self, step: u64) -> Result<u64> {
         loop {
-            match self.next()? {
-                rank_order::Order::Committed(committed) if committed.step == step => return Ok(committed.seq),
-                other => tracing::debug!(?other, "while waiting for a commit"),
+            let committed = lock(&self.shared).committed;
+            if let Some((_, seq)) = committed.filter(|&(of, _)| of == step) {
+                return Ok(seq);
             }
+            self.check()?;
+            ensure!(!self.orders.is_closed(), "the coordinator closed the line");
+            std::thread::sleep(WAIT);
         }
     }
 
@@ -126,7 +266,7 @@ impl Session {
         runtime.block_on(async {
             let end = async { while orders.recv().await.is_some() {} };
             // The coordinator may keep its side open: what matters is that ours was flushed.
-            let _ = tokio::time::timeout(std::time::Duration::from_millis(500), end).await;
+            let _ = tokio::time::timeout(Duration::from_millis(500), end).await;
         });
     }
 
@@ -134,8 +274,57 @@ impl Session {
         self.runtime.block_on(self.orders.recv()).ok_or_else(|| anyhow!("the coordinator closed the line"))
     }
 
+    /// The next order, unless the generation is broken off before it comes.
+    fn answer(&mut self) -> Result<rank_order::Order> {
+        loop {
+            self.check()?;
+            let orders = &mut self.orders;
+            match self.runtime.block_on(async { tokio::time::timeout(WAIT, orders.recv()).await }) {
+                Ok(Some(order)) => return Ok(order),
+                Ok(None) => bail!("the coordinator closed the line"),
+                Err(_) => {}
+            }
+        }
+    }
+
     /// A line that broke shows when an answer is waited for; until then training needs no coordinator.
     fn send(&self, event: rank_event::Event) {
-        let _ = self.events.send(RankEvent { rank: self.rank, event: Some(event) });
+        let _ = self.events.send(RankEvent { generation: self.generation, event: Some(event) });
+    }
+}
+
+/// The coordinator broke this generation off.
+#[derive(Debug, thiserror::Error)]
+#[error("broken off: {0}")]
+pub(crate) struct BrokenOff(String);
+
+/// Tells of durable parts.
+pub(crate) struct Reporter {
+    events: mpsc::UnboundedSender<RankEvent>,
+    generation: u64,
+}
+
+impl Reporter {
+    /// All parts that this rank owes to a checkpoint are durable.
+    pub(crate) fn parts_written(&self, parts: v1::PartsWritten) {
+        let event = Some(rank_event::Event::Parts(parts));
+        // As with every event: a line that broke shows when an answer is waited for.
+        let _ = self.events.send(RankEvent { generation: self.generation, event });
+    }
+}
+
+fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn break_off(shared: &Mutex<Shared>, regroup: v1::Regroup) {
+    let mut shared = lock(shared);
+    tracing::info!(reason = regroup.reason, generation = regroup.generation, "breaking off");
+    shared.broken = Some((regroup.generation, regroup.reason));
+    if shared.check().is_ok() {
+        return;
+    }
+    if let Some(Err(error)) = shared.group.take().map(|group| group.abort()) {
+        tracing::warn!(%error, "the ring could not be aborted; it will time out");
     }
 }

@@ -1,13 +1,12 @@
 //! A node's supervisor: joins the coordinator, starts and ends rank processes, tells how they ended. No torch is called here.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::process::{ExitCode, ExitStatus, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use sgcl_proto::exit;
 use sgcl_proto::v1::coordinator_client::CoordinatorClient;
 use sgcl_proto::v1::{self, NodeEvent, node_event, node_order};
@@ -16,12 +15,20 @@ use tokio::process::{Child, Command};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_util::sync::CancellationToken;
 
-/// Time between SIGTERM and SIGKILL.
-const GRACE: Duration = Duration::from_secs(5);
+use crate::session::channel;
+
+/// Time from a node's SIGTERM to its end: some clouds give 15 s.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// What is kept of it to end the ranks.
+const MARGIN: Duration = Duration::from_secs(1);
 /// Lines of a rank's standard error that go into its report.
 const LAST_WORDS: usize = 20;
+/// Characters of each: libtorch's errors carry stacks.
+const LAST_WORD_CHARS: usize = 300;
 
 /// Arguments of `sgcl-worker node`.
 #[derive(Args, Debug)]
@@ -35,6 +42,9 @@ pub(crate) struct NodeArgs {
     /// Name of this node, unique in the run
     #[arg(long)]
     node: String,
+    /// Place of the run that this node fills, from 0
+    #[arg(long)]
+    slot: u32,
     /// Ranks that this node holds
     #[arg(long)]
     ranks: u32,
@@ -51,8 +61,8 @@ pub(crate) struct NodeArgs {
 
 /// How a rank process ended.
 struct Ended {
-    generation: u64,
     local_rank: u32,
+    attempt: u32,
     status: std::io::Result<ExitStatus>,
     last_words: String,
 }
@@ -76,58 +86,70 @@ pub(crate) async fn main(args: &NodeArgs) -> Result<ExitCode> {
         address: args.address.clone(),
         devices: args.ranks,
         version: env!("CARGO_PKG_VERSION").into(),
+        slot: args.slot,
     }));
-    let mut client = CoordinatorClient::connect(args.coordinator.clone())
+    let mut client = CoordinatorClient::new(channel(&args.coordinator)?);
+    let stream = client
+        .join(UnboundedReceiverStream::new(out))
         .await
-        .with_context(|| format!("cannot reach the coordinator at {}", args.coordinator))?;
-    let stream = client.join(UnboundedReceiverStream::new(out)).await.context("the coordinator refused this node")?;
+        .with_context(|| format!("the coordinator at {} cannot be reached, or refused this node", args.coordinator))?;
     let mut orders = stream.into_inner();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut ranks = JoinSet::new();
-    let mut pids: Vec<Pid> = Vec::new();
-    loop {
+    // Cancelled to kill; by place and attempt.
+    let mut alive: BTreeMap<(u32, u32), CancellationToken> = BTreeMap::new();
+    let mut deadline = None;
+    let code = loop {
         tokio::select! {
             order = orders.message() => match order.context("the line to the coordinator broke")?.and_then(|o| o.order) {
-                Some(node_order::Order::Start(start)) => {
-                    pids.clear();
-                    for local_rank in 0..start.count {
-                        let child = spawn(args, start.generation, local_rank, start.count)?;
-                        pids.extend(child.id().and_then(|id| i32::try_from(id).ok()).map(Pid::from_raw));
-                        ranks.spawn(watch(child, start.generation, local_rank));
-                    }
+                Some(node_order::Order::Start(v1::StartRank { local_rank, attempt })) => {
+                    let child = spawn(args, local_rank, attempt)?;
+                    let kill = CancellationToken::new();
+                    alive.insert((local_rank, attempt), kill.clone());
+                    ranks.spawn(watch(child, kill, local_rank, attempt));
                 }
-                Some(node_order::Order::Stop(_)) => end(&pids),
+                Some(node_order::Order::Kill(v1::KillRank { local_rank, attempt })) => {
+                    alive.get(&(local_rank, attempt)).into_iter().for_each(CancellationToken::cancel);
+                }
                 Some(node_order::Order::Leave(leave)) => {
                     tracing::info!(reason = leave.reason, "leaving");
-                    end(&pids);
-                    while ranks.join_next().await.is_some() {}
-                    return Ok(ExitCode::from(u8::try_from(leave.exit_code).unwrap_or(exit::INTERNAL)));
+                    break u8::try_from(leave.exit_code).unwrap_or(exit::INTERNAL);
                 }
                 None => return Err(anyhow!("the coordinator closed the line")),
             },
             Some(ended) = ranks.join_next() => {
                 let ended = ended.context("the watch over a rank failed")?;
+                alive.remove(&(ended.local_rank, ended.attempt));
                 tell(node_event::Event::Exited(report(ended)));
             }
-            _ = terminate.recv() => {
-                tell(node_event::Event::Preempting(v1::Preempting { deadline_s: 10 }));
-                end(&pids);
-                while ranks.join_next().await.is_some() {}
-                return Ok(ExitCode::from(exit::YIELDED));
+            _ = terminate.recv(), if deadline.is_none() => {
+                tracing::info!("told to leave");
+                deadline = Some(Instant::now() + DEADLINE - MARGIN);
+                let deadline_s = u32::try_from(DEADLINE.as_secs()).unwrap_or(u32::MAX);
+                tell(node_event::Event::Preempting(v1::Preempting { deadline_s }));
+            }
+            () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
+                tracing::warn!("the coordinator did not let this node go in time");
+                break exit::YIELDED;
             }
         }
-    }
+    };
+    alive.values().for_each(CancellationToken::cancel);
+    while ranks.join_next().await.is_some() {}
+    Ok(ExitCode::from(code))
 }
 
-fn spawn(args: &NodeArgs, generation: u64, local_rank: u32, count: u32) -> Result<Child> {
+fn spawn(args: &NodeArgs, local_rank: u32, attempt: u32) -> Result<Child> {
     let program = std::env::current_exe().context("cannot find this program to start ranks")?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = args.threads.unwrap_or(cores / count.max(1) as usize).max(1);
+    let threads = args.threads.unwrap_or(cores / args.ranks.max(1) as usize).max(1);
     Command::new(&program)
         .args(["rank", "--coordinator", &args.coordinator, "--run", &args.run, "--node", &args.node])
-        .args(["--local-rank", &local_rank.to_string(), "--generation", &generation.to_string()])
+        .args(["--local-rank", &local_rank.to_string(), "--attempt", &attempt.to_string()])
         .args(["--address", &args.address])
         .env("OMP_NUM_THREADS", threads.to_string())
+        // libtorch's warnings speak to its own developers.
+        .env("TORCH_CPP_LOG_LEVEL", std::env::var_os("TORCH_CPP_LOG_LEVEL").unwrap_or_else(|| "ERROR".into()))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -137,13 +159,20 @@ fn spawn(args: &NodeArgs, generation: u64, local_rank: u32, count: u32) -> Resul
 }
 
 /// Waits for a rank's end; its standard error goes on to ours, the last of it into the report.
-async fn watch(mut child: Child, generation: u64, local_rank: u32) -> Ended {
+async fn watch(mut child: Child, kill: CancellationToken, local_rank: u32, attempt: u32) -> Ended {
     let words = match child.stderr.take() {
         Some(stderr) => tokio::spawn(last_words(stderr)),
         None => tokio::spawn(async { String::new() }),
     };
-    let status = child.wait().await;
-    Ended { generation, local_rank, status, last_words: words.await.unwrap_or_default() }
+    let status = tokio::select! {
+        status = child.wait() => status,
+        () = kill.cancelled() => {
+            // A rank that is gone already needs no killing.
+            let _ = child.start_kill();
+            child.wait().await
+        }
+    };
+    Ended { local_rank, attempt, status, last_words: words.await.unwrap_or_default() }
 }
 
 async fn last_words(stderr: impl AsyncRead + Unpin) -> String {
@@ -154,7 +183,7 @@ async fn last_words(stderr: impl AsyncRead + Unpin) -> String {
         if last.len() == LAST_WORDS {
             last.pop_front();
         }
-        last.push_back(line);
+        last.push_back(line.chars().take(LAST_WORD_CHARS).collect::<String>());
     }
     Vec::from(last).join("\n")
 }
@@ -165,19 +194,5 @@ fn report(ended: Ended) -> v1::RankExited {
         Ok(status) => status.code().or_else(|| status.signal().map(|s| 128 + s)).unwrap_or(exit::INTERNAL.into()),
         Err(_) => exit::INTERNAL.into(),
     };
-    v1::RankExited { generation: ended.generation, local_rank: ended.local_rank, code, last_words: ended.last_words }
-}
-
-/// SIGTERM now, SIGKILL after the grace; ranks that are gone already are no error.
-fn end(pids: &[Pid]) {
-    let pids = pids.to_vec();
-    for pid in &pids {
-        let _ = kill(*pid, Signal::SIGTERM);
-    }
-    tokio::spawn(async move {
-        tokio::time::sleep(GRACE).await;
-        for pid in pids {
-            let _ = kill(pid, Signal::SIGKILL);
-        }
-    });
+    v1::RankExited { local_rank: ended.local_rank, attempt: ended.attempt, code, last_words: ended.last_words }
 }

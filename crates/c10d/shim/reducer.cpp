@@ -32,11 +32,11 @@ int32_t sgcl_reducer_new(void** params, size_t count, SgclGroup* group, int64_t 
   });
 }
 
-// What DistributedDataParallel.forward does of its reducer, in its order.
+// What DistributedDataParallel.forward does of its reducer, in its order, without rebuilding buckets after the first step: a
+// run that was resumed sums in the same order as one that was not, to the last bit.
 int32_t sgcl_reducer_prepare(SgclReducer* reducer, char** message) {
   return guarded(message, [&] {
     reducer->reducer->prepare_for_forward();
-    reducer->reducer->rebuild_buckets();
     reducer->reducer->prepare_for_backward({});
   });
 }

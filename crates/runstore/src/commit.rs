@@ -17,6 +17,17 @@ pub use retain::Retention;
 
 const FOLDER: &str = "commits";
 
+/// Steps that were trained after one plan. With the patch set and the run's seed it says which patches those were.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Segment {
+    /// Lanes of the plan.
+    pub lanes: u32,
+    /// Shards that a lane mixed.
+    pub window: u32,
+    /// Steps.
+    pub steps: u64,
+}
+
 /// What the run had reached. All of it is needed to go on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
@@ -34,6 +45,12 @@ pub struct Progress {
     pub cursor: u64,
     /// Lanes of the current plan.
     pub lanes: u32,
+    /// Shards that a lane of the current plan mixes.
+    pub window: u32,
+    /// Earlier plans of this epoch, in order: each was made over what those before it had left.
+    pub segments: Vec<Segment>,
+    /// Plans of the epochs before this one, all of them finished.
+    pub history: Vec<Vec<Segment>>,
     /// Ranks that wrote it.
     pub world: u32,
     /// Patches the epoch had used when the current plan was made; none means that the plan began the epoch.
@@ -99,7 +116,7 @@ pub struct Intact {
     /// The commit.
     pub commit: Commit,
     /// Newer commits that were passed over, each with its damage.
-    pub skipped: Vec<String>,
+    pub skipped: Vec<(u64, String)>,
 }
 
 /// The commits of a run.
@@ -113,6 +130,11 @@ impl Commits {
     #[must_use]
     pub fn new(run_store: &Store) -> Self {
         Self { run: run_store.clone() }
+    }
+
+    /// Where the run is.
+    pub(crate) fn run(&self) -> &Store {
+        &self.run
     }
 
     /// Numbers of all commits, ascending.
@@ -181,7 +203,7 @@ impl Commits {
                 Ok(commit) => return Ok(Some(Intact { commit, skipped })),
                 Err(e) if e.is_damage() => {
                     tracing::warn!(seq, error = %e, "commit passed over");
-                    skipped.push(format!("commit {seq}: {e}"));
+                    skipped.push((seq, e.to_string()));
                 }
                 Err(e) => return Err(e),
             }
@@ -189,7 +211,19 @@ impl Commits {
         if skipped.is_empty() {
             return Ok(None);
         }
+        let skipped = skipped.into_iter().map(|(seq, damage)| format!("commit {seq}: {damage}")).collect();
         Err(RunStoreError::NoneIntact { run: self.run.url().to_owned(), skipped })
+    }
+
+    /// Puts an unusable commit away as `damaged/<seq>-<time>.json`, so that its number is free and the chain goes on from an earlier one.
+    /// Nothing of it is lost.
+    ///
+    /// # Errors
+    /// The storage.
+    pub async fn set_aside(&self, seq: u64, now: Timestamp) -> Result<(), RunStoreError> {
+        let bytes = self.run.get(&path(seq), record::MAX_RECORD_BYTES).await?;
+        self.run.put(&format!("damaged/{seq:08}-{}.json", now.as_millisecond()), bytes).await?;
+        Ok(self.run.delete(&path(seq)).await?)
     }
 
     async fn read_intact(&self, seq: u64) -> Result<Commit, RunStoreError> {

@@ -424,6 +424,10 @@ pub struct Checkpoint {
     /// Epochs between commits.
     #[schemars(range(min = 1))]
     pub every_epochs: u32,
+    /// Steps between commits besides; 0 makes none.
+    pub every_steps: u64,
+    /// Seconds between commits besides; 0 makes none.
+    pub every_seconds: u64,
     /// Newest commits that are kept.
     #[schemars(range(min = 1))]
     pub keep_last: u32,
@@ -433,7 +437,7 @@ pub struct Checkpoint {
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Self { every_epochs: 1, keep_last: 3, keep_every: 0 }
+        Self { every_epochs: 1, every_steps: 0, every_seconds: 600, keep_last: 3, keep_every: 0 }
     }
 }
 

@@ -20,9 +20,10 @@ pub mod metrics;
 mod record;
 pub mod spec;
 pub mod status;
+pub mod verify;
 
 pub use checkpoint::{Dtype, PartKind, PartRef, PartWriter, Tensor};
-pub use commit::{Commit, Commits, Intact, Progress};
+pub use commit::{Commit, Commits, Intact, Progress, Segment};
 pub use config::{ConfigError, RunConfig};
 pub use error::RunStoreError;
 pub use ledger::Ledger;

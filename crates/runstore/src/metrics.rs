@@ -82,6 +82,13 @@ impl MetricsWriter {
         self.chunk.len() - self.written
     }
 
+    /// Keeps the newest `steps` alone: for a rank that writes only once the one that does is gone.
+    pub fn keep(&mut self, steps: usize) {
+        let old = self.chunk.len().saturating_sub(steps);
+        self.chunk.drain(..old);
+        self.written = self.written.saturating_sub(old);
+    }
+
     /// Writes what is new. Call it every few seconds and at the end.
     ///
     /// # Errors

@@ -108,7 +108,7 @@ impl RunStatus {
             samples_per_second: mean(recent, "samples_per_second"),
             losses: last.map(|s| s.values.clone()).or(committed.map(|c| c.losses.clone())).unwrap_or_default(),
             commit: commit.as_ref().map(|c| c.seq),
-            restarts: events.iter().map(|e| u32::from(matches!(e.kind, EventKind::Restarted { .. }))).sum(),
+            restarts: events.iter().map(|e| u32::from(e.kind.is_restart())).sum(),
             exports,
             evals,
         })
@@ -117,10 +117,11 @@ impl RunStatus {
 
 /// The phase after these events.
 fn phase(events: &[Event]) -> (Phase, Option<String>) {
-    match events.last().map(|e| &e.kind) {
-        None => (Phase::Pending, None),
+    let said = events.iter().rev().find(|e| !matches!(e.kind, EventKind::SetAside { .. }));
+    match said.map(|e| &e.kind) {
+        None | Some(EventKind::SetAside { .. }) => (Phase::Pending, None),
         Some(EventKind::Started { .. }) => (Phase::Running, None),
-        Some(EventKind::Restarted { reason }) => (Phase::Running, Some(reason.clone())),
+        Some(EventKind::Regrouped { reason, .. }) => (Phase::Running, Some(reason.clone())),
         Some(EventKind::Suspended { reason }) => (Phase::Suspended, Some(reason.clone())),
         Some(EventKind::Failed { message }) => (Phase::Failed, Some(message.clone())),
         Some(EventKind::Finished) => (Phase::Finished, None),

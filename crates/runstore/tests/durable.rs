@@ -31,6 +31,18 @@ fn name() -> RunName {
     RunName::new("first").unwrap()
 }
 
+fn regrouped(reason: &str) -> EventKind {
+    EventKind::Regrouped {
+        reason: reason.into(),
+        failure: true,
+        world_before: 2,
+        world: 2,
+        seconds: 1.5,
+        steps_lost: 0,
+        from_commit: None,
+    }
+}
+
 fn now() -> Timestamp {
     Timestamp::from_second(1_700_000_000).unwrap()
 }
@@ -58,6 +70,9 @@ async fn progress(store: &Store, generation: u64, step: u64, epoch: u32) -> Prog
         epoch_step: step,
         cursor: step,
         lanes: 2,
+        window: 4,
+        segments: Vec::new(),
+        history: Vec::new(),
         world: 2,
         plan_base: None,
         ledger,
@@ -171,7 +186,7 @@ async fn damage_of_every_kind_is_named_and_the_commit_before_serves() {
     run.store.put("commits/00000002.json", future).await.unwrap();
     let intact = commits.newest_intact().await.unwrap().unwrap();
     assert_eq!(intact.commit, all[0]);
-    for (skipped, part) in intact.skipped.iter().zip(["crc32c", "not found", "damaged", "version 99"]) {
+    for ((_, skipped), part) in intact.skipped.iter().zip(["crc32c", "not found", "damaged", "version 99"]) {
         assert!(skipped.contains(part), "{part:?} is not in: {skipped}");
     }
     run.store.delete(&all[0].progress.parts[0].path).await.unwrap();
@@ -234,7 +249,7 @@ async fn events_are_appended_and_status_reads_the_bucket_alone() {
     assert_eq!(RunStatus::read(&run.store).await.unwrap().phase, Phase::Pending);
     let (events, other) = (Events::new(&run.store), Events::new(&run.store));
     assert_eq!(events.append(EventKind::Started { world: 2, from_commit: None }, now()).await.unwrap(), 1);
-    assert_eq!(other.append(EventKind::Restarted { reason: "rank 1 died".into() }, now()).await.unwrap(), 2);
+    assert_eq!(other.append(regrouped("rank 1 died"), now()).await.unwrap(), 2);
     chain(&run.store, 2).await;
     let mut writer = sgcl_runstore::MetricsWriter::new(&run.store, "first");
     for step in 1..=20 {

@@ -7,7 +7,7 @@ mod moving;
 mod plan;
 mod spread;
 
-pub use moving::Moved;
+pub use moving::{Held, Layout, lost};
 pub use plan::{SHARDS, ShardPlan, rows_in_shard, rows_of_shard, shard_of};
 pub use spread::Spread;
 

@@ -4,7 +4,7 @@
 mod common;
 
 use common::seed;
-use sgcl::bank::{Bank, BankRows, Banks, ShardPlan, Widths, unit};
+use sgcl::bank::{Bank, BankRows, Banks, Held, Layout, ShardPlan, Widths, lost, unit};
 use sgcl::collective::{Collective, Solo, Threads};
 use sgcl::draws::{HardRanks, candidates, negatives};
 use sgcl::kmeans::{KMeans, cluster, inertia};
@@ -336,13 +336,18 @@ fn moving_shards_leaves_every_row_as_it_was() {
     ];
     for (before, kept, after, replicas) in cases {
         let old = plan(before, replicas);
-        let new = old.moved(&kept, &(0..after).collect::<Vec<_>>(), replicas);
         let (kept, whole) = (kept.clone(), std::sync::Arc::clone(&whole));
         let lost = everywhere(after, move |ring| {
-            let held = kept.iter().position(|&now| now == Some(ring.rank()));
-            let mine = held.map(|was| banks(old.clone(), was, Kind::Float));
-            let moved = Banks::moved(mine.as_ref(), &old, &kept, &new, (N, WIDTHS), CPU, &ring).unwrap();
-            let lost: BTreeSet<i64> = moved.lost.iter().copied().collect();
+            let was = kept.iter().position(|&now| now == Some(ring.rank()));
+            let label = |banks: &Banks| Tensor::stack(&[banks.slot_rows() * 3, banks.slot_rows() + 1], 0);
+            let mine = was.map(|was| banks(old.clone(), was, Kind::Float));
+            let mine = mine.map(|banks| Held { labels: label(&banks), banks });
+            let mine: Vec<&Held> = mine.iter().collect();
+            let layout = Layout { n: N, widths: WIDTHS, runs: 2, dtype: Kind::Float, device: Device::Cpu };
+            let holders = Held::holders(&mine, layout, &ring).unwrap();
+            let new = ShardPlan::settled(&holders, &(0..after).map(Some).collect::<Vec<_>>(), replicas);
+            let moved = Held::moved(&mine, &holders, &new, layout, &ring).unwrap();
+            let lost: BTreeSet<i64> = lost(&holders).into_iter().collect();
             let rows: Vec<i64> = values(moved.banks.slot_rows()).iter().map(|&row| row as i64).collect();
             let kept: Vec<i64> = rows.iter().copied().filter(|row| !lost.contains(&(row % 1024))).collect();
             let found = moved.banks.rows(&kept).unwrap();
@@ -350,6 +355,9 @@ fn moving_shards_leaves_every_row_as_it_was() {
             let same = |all: &Tensor, found: &Tensor| all.index_select(0, &Tensor::from_slice(&kept)) == *found;
             assert!(same(&whole.global, &found.global) && same(&whole.backbone, &found.backbone));
             assert!(whole.corners.iter().zip(&found.corners).all(|(all, found)| same(all, found)));
+            if lost.is_empty() {
+                assert_eq!(moved.labels, label(&moved.banks), "labels travel with their rows");
+            }
             assert_eq!(moved.banks.owned(), moved.banks.owned_rows().len() as i64);
             lost.len()
         });

@@ -1,6 +1,7 @@
 //! One file a command.
 
 pub(crate) mod config;
+pub(crate) mod describe;
 pub(crate) mod eval;
 pub(crate) mod ingest;
 pub(crate) mod list;
@@ -9,6 +10,7 @@ pub(crate) mod pull;
 pub(crate) mod report;
 pub(crate) mod run;
 pub(crate) mod status;
+pub(crate) mod verify;
 
 use anyhow::Result;
 use sgcl_patchset::Store;
@@ -28,6 +30,8 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::Run(args) => run::main(args, out).await,
         Command::Status(args) => status::main(args, out).await,
         Command::List(args) => list::main(args, out).await,
+        Command::Describe(args) => describe::main(args, out).await,
+        Command::Verify(args) => verify::main(args, out).await,
         Command::Pull(args) => pull::main(args, out).await,
         Command::Eval(args) => eval::main(args, out).await,
         Command::Report(args) => report::main(args, out).await,

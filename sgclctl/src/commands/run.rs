@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use jiff::Timestamp;
 use serde_json::json;
-use sgcl_coordinator::{Coordinator, Outcome, ProcessLauncher, RunView};
+use sgcl_coordinator::{Change, Coordinator, Outcome, ProcessLauncher, RunView};
 use sgcl_patchset::{PatchSet, Store};
 use sgcl_runstore::{Commits, RunConfig, RunName, Spec};
 use tokio::net::TcpListener;
@@ -73,6 +73,12 @@ async fn wanted(args: &RunArgs, name: &RunName, stored: Option<&Spec>, out: Out)
     };
     let nodes = args.nodes.or(stored.map(|s| s.nodes)).unwrap_or(1);
     let ranks_per_node = args.ranks_per_node.or(stored.map(|s| s.ranks_per_node)).unwrap_or(1);
+    let min_nodes = args.min_nodes.or(stored.map(|s| s.min_nodes)).unwrap_or(1);
+    if !(1..=nodes).contains(&min_nodes) {
+        return Err(Failure::new(Exit::Usage, format!("--min-nodes {min_nodes} of --nodes {nodes}"))
+            .hint("ask for at least one node, and for no more than there are")
+            .into());
+    }
     let world = nodes as usize * ranks_per_node as usize;
     let set = PatchSet::open(&data).await?;
     let patches = trained_patches(&config, &set)?;
@@ -80,7 +86,7 @@ async fn wanted(args: &RunArgs, name: &RunName, stored: Option<&Spec>, out: Out)
     describe(name, &config, &set, patches, world, out);
     let id = set.manifest().content_id.clone();
     let mut spec =
-        Spec::new(name.clone(), set.store().url(), id, nodes, ranks_per_node, nodes, config, Timestamp::now());
+        Spec::new(name.clone(), set.store().url(), id, nodes, ranks_per_node, min_nodes, config, Timestamp::now());
     if let Some(stored) = stored {
         spec.created = stored.created;
         spec.write_id.clone_from(&stored.write_id);
@@ -140,7 +146,7 @@ async fn train(spec: &Spec, run: &Store, program: &Path, out: Out) -> Result<Out
     let mut progress = RunProgress::new(out, spec.config.epochs);
     let mut serving = tokio::spawn(coordinator.serve(listener));
     let mut watching = true;
-    let mut restarts = 0;
+    let mut changes = 0;
     let outcome = loop {
         tokio::select! {
             outcome = &mut serving => break outcome,
@@ -148,10 +154,10 @@ async fn train(spec: &Spec, run: &Store, program: &Path, out: Out) -> Result<Out
                 // The sender goes when the coordinator ends, which the other branch tells.
                 watching = changed.is_ok();
                 let now = view.borrow_and_update().clone();
-                if now.restarts > restarts {
-                    restarts = now.restarts;
-                    warn(format!("restarting from the newest commit: {}", now.message.as_deref().unwrap_or("a rank was lost")));
+                for change in now.changes.iter().skip(changes) {
+                    warn(regrouped(change));
                 }
+                changes = now.changes.len();
                 progress.show(&now)?;
             }
             () = async { tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} } } => {
@@ -166,6 +172,17 @@ async fn train(spec: &Spec, run: &Store, program: &Path, out: Out) -> Result<Out
     };
     progress.finish();
     outcome.context("the coordinator broke off")?
+}
+
+/// A membership change in a line.
+fn regrouped(change: &Change) -> String {
+    let reason = change.reason.lines().next().unwrap_or_default();
+    let lost = match change.from_commit {
+        Some(seq) => format!("{} steps are trained again from commit {seq}", change.steps_lost),
+        None => format!("{} steps lost", change.steps_lost),
+    };
+    let (seconds, world) = (change.took.as_secs_f64(), change.world);
+    format!("{reason}; training on {world} rank(s) after {seconds:.1} s, {lost}")
 }
 
 /// Says how it ended and what can be done next.

@@ -368,7 +368,11 @@ fn event_rows(facts: &Facts) -> Vec<EventRow> {
                         |seq| format!("on {world} ranks, from commit {seq}"),
                     ),
                 ),
-                EventKind::Restarted { reason } => ("restarted", reason.clone()),
+                EventKind::Regrouped { reason, world_before, world, seconds, steps_lost, .. } => (
+                    "regrouped",
+                    format!("{reason}\n{world_before} to {world} ranks in {seconds:.1} s, {steps_lost} steps lost"),
+                ),
+                EventKind::SetAside { seq, reason } => ("set aside", format!("commit {seq}: {reason}")),
                 EventKind::Suspended { reason } => ("suspended", reason.clone()),
                 EventKind::Failed { message } => ("failed", message.clone()),
                 EventKind::Finished => ("finished", String::new()),

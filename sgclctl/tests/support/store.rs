@@ -157,7 +157,7 @@ pub async fn finished_run(open: impl Fn(&str) -> Store) {
     let lost = "rank 1 of node first-0-0 ended with code 137:\nerror: a line that the rank wrote before it went, with enough words to be wider than a narrow screen";
     for (seconds, kind) in [
         (0, EventKind::Started { world: 2, from_commit: None }),
-        (260, EventKind::Restarted { reason: lost.into() }),
+        (260, regrouped(lost)),
         (860, EventKind::Started { world: 2, from_commit: Some(1) }),
         (1240, EventKind::Finished),
     ] {
@@ -203,6 +203,9 @@ async fn commit(run: &Store, set: &PatchSet, now: Timestamp) {
         epoch_step: 40,
         cursor: 40,
         lanes: 2,
+        window: 4,
+        segments: Vec::new(),
+        history: Vec::new(),
         world: 2,
         plan_base: None,
         ledger,
@@ -211,4 +214,16 @@ async fn commit(run: &Store, set: &PatchSet, now: Timestamp) {
         done: true,
     };
     Commits::new(run).append(&Commit::after(None, progress, now)).await.unwrap();
+}
+
+fn regrouped(reason: &str) -> EventKind {
+    EventKind::Regrouped {
+        reason: reason.into(),
+        failure: true,
+        world_before: 2,
+        world: 2,
+        seconds: 1.5,
+        steps_lost: 0,
+        from_commit: None,
+    }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 use rand::Rng as _;
-use sgcl_coordinator::{Coordinator, Outcome, ProcessLauncher, RunView};
+use sgcl_coordinator::{Coordinator, Launcher, Outcome, ProcessLauncher, RunView};
 use sgcl_draw::{Purpose, rng};
 use sgcl_patchset::{Manifest, Opened, PatchSet, PatchSetWriter, SlideInfo, Store, WriterOptions};
 use sgcl_runstore::{RunConfig, RunName, Spec};
@@ -106,15 +106,28 @@ pub struct Running {
 
 /// Starts a run, or goes on with one of that name.
 pub async fn start(bucket: &Store, data: &str, name: &str, nodes: u32, ranks: u32, config: RunConfig) -> Running {
+    let launcher = ProcessLauncher::new(worker(), name.to_owned(), nodes, ranks).with_threads(1);
+    start_with(launcher, bucket, data, name, nodes, ranks, config).await
+}
+
+/// The same with nodes started by `launcher`.
+pub async fn start_with<L: Launcher>(
+    launcher: L,
+    bucket: &Store,
+    data: &str,
+    name: &str,
+    nodes: u32,
+    ranks: u32,
+    config: RunConfig,
+) -> Running {
     let set = PatchSet::open(data).await.unwrap();
     let run = RunName::new(name).unwrap();
     let store = run.store(bucket);
     let id = set.manifest().content_id.clone();
-    let spec = Spec::new(run, data, id, nodes, ranks, nodes, config, Timestamp::now());
+    let spec = Spec::new(run, data, id, nodes, ranks, 1, config, Timestamp::now());
     if Spec::find(&store).await.unwrap().is_none() {
         spec.create(&store).await.unwrap();
     }
-    let launcher = ProcessLauncher::new(worker(), name.to_owned(), nodes, ranks).with_threads(1);
     let (sender, view) = watch::channel(RunView::default());
     let stop = CancellationToken::new();
     let coordinator =
@@ -127,4 +140,38 @@ pub async fn start(bucket: &Store, data: &str, name: &str, nodes: u32, ranks: u3
 /// Runs to the end.
 pub async fn train(bucket: &Store, data: &str, name: &str, nodes: u32, ranks: u32, config: RunConfig) -> Outcome {
     start(bucket, data, name, nodes, ranks, config).await.outcome.await.unwrap()
+}
+
+/// A process of a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    pub pid: i32,
+    pub node: String,
+    /// None for the supervisor.
+    pub local_rank: Option<u32>,
+}
+
+impl Process {
+    /// Sends a signal; false where the process is gone.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) -> bool {
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.pid), signal).is_ok()
+    }
+}
+
+/// The processes of a run on this machine, as the system lists them.
+pub fn processes(run: &str) -> Vec<Process> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        let Ok(line) = std::fs::read(entry.path().join("cmdline")) else { continue };
+        let words: Vec<&str> = line.split(|b| *b == 0).filter_map(|word| std::str::from_utf8(word).ok()).collect();
+        let after = |name: &str| words.iter().position(|word| *word == name).and_then(|at| words.get(at + 1).copied());
+        let ours = words.first().is_some_and(|program| program.ends_with("sgcl-worker"));
+        if let (true, Some(name), Some(node)) = (ours && after("--run") == Some(run), words.get(1), after("--node")) {
+            let local_rank = (*name == "rank").then(|| after("--local-rank").unwrap().parse().unwrap());
+            found.push(Process { pid, node: node.to_owned(), local_rank });
+        }
+    }
+    found.sort_by(|a, b| (&a.node, a.local_rank).cmp(&(&b.node, b.local_rank)));
+    found
 }

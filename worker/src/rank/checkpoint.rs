@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use sgcl::bank::{BankRows, Widths};
-use sgcl::kmeans::joint_labels;
 use sgcl_patchset::{Store, Subset};
 use sgcl_runstore::checkpoint::read_tensors;
 use sgcl_runstore::{Commit, PartKind, PartRef, PartWriter, Tensor as Stored};
@@ -28,14 +27,14 @@ impl Learner {
             parts.push((PartKind::Model, "model".into(), all(self.model.state())?));
             parts.push((PartKind::Optimizer, "optimizer".into(), all(self.sgd.state())?));
         }
-        let mine = self.banks.owned_rows();
-        let BankRows { global, backbone, corners: [tl, tr, bl, br] } = self.banks.rows(&mine)?;
+        let mine = self.held.banks.owned_rows();
+        let BankRows { global, backbone, corners: [tl, tr, bl, br] } = self.held.banks.rows(&mine)?;
         let ids: Vec<i64> = mine
             .iter()
             .map(|&row| subset.id_of(u32::try_from(row)?).map(i64::from).context("a bank row without a patch"))
             .collect::<Result<_>>()?;
         // Owned rows are the first slots, in this order.
-        let labels = self.labels.narrow(1, 0, self.banks.owned());
+        let labels = self.held.labels.narrow(1, 0, self.held.banks.owned());
         let mut bank =
             vec![to_stored("ids", &Tensor::from_slice(&ids))?, to_stored("labels", &labels.tr().contiguous())?];
         for (name, tensor) in BANKS.into_iter().zip([global, backbone, tl, tr, bl, br]) {
@@ -48,7 +47,7 @@ impl Learner {
         Ok(parts)
     }
 
-    /// Takes everything from a commit, whatever world wrote it.
+    /// Takes everything from a commit, whatever world wrote it. Bank rows go where they are held here.
     pub(crate) async fn restore(&mut self, run: &Store, commit: &Commit, subset: &Subset) -> Result<()> {
         for part in commit.parts(PartKind::Model) {
             let state: BTreeMap<String, Tensor> = read(run, part).await?.into_iter().collect();
@@ -57,7 +56,7 @@ impl Learner {
         for part in commit.parts(PartKind::Optimizer) {
             self.sgd.load_state(read(run, part).await?)?;
         }
-        let mut labels = self.labels.zeros_like();
+        let mut labels = self.held.labels.zeros_like();
         let mut restored = 0;
         for part in commit.parts(PartKind::Bank) {
             let mut tensors: BTreeMap<String, Tensor> = read(run, part).await?.into_iter().collect();
@@ -79,7 +78,7 @@ impl Learner {
             ensure!(found.size() == [rows.len() as i64, labels.size()[0]], "{}: labels of another k-means", part.path);
             // Rows that other ranks hold are theirs to take.
             let (at, slots): (Vec<i64>, Vec<i64>) =
-                (0_i64..).zip(&rows).filter_map(|(at, &row)| Some((at, self.banks.slot(row)?))).unzip();
+                (0_i64..).zip(&rows).filter_map(|(at, &row)| Some((at, self.held.banks.slot(row)?))).unzip();
             let [at, slots] = [at, slots].map(|values| Tensor::from_slice(&values).to_device(self.device));
             let _ = labels.index_copy_(1, &slots, &found.to_kind(Kind::Int64).index_select(0, &at).tr());
             let mut bank = |name: &str, width: i64| {
@@ -89,18 +88,18 @@ impl Learner {
                     take(name)
                 }
             };
-            let Widths { dim, backbone, local } = self.banks.widths();
+            let Widths { dim, backbone, local } = self.held.banks.widths();
             let bank = BankRows {
                 global: bank("global", dim)?,
                 backbone: bank("backbone", backbone)?,
                 corners: [bank("tl", local)?, bank("tr", local)?, bank("bl", local)?, bank("br", local)?],
             };
-            self.banks.put(&rows, &bank)?;
+            self.held.banks.put(&rows, &bank)?;
             restored += rows.len();
         }
         ensure!(restored == subset.len(), "commit {} holds {restored} of {} bank rows", commit.seq, subset.len());
-        self.clusters = joint_labels(&labels, self.params.clusters);
-        self.labels = labels;
+        self.label(labels);
+        self.last.clear();
         Ok(())
     }
 }

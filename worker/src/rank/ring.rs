@@ -1,11 +1,13 @@
 //! The ring as the method sees it: [`Collective`] over libtorch's process group.
 
+use std::sync::Arc;
+
 use sgcl::collective::{Collective, CollectiveError};
 use sgcl_c10d::{Error, ProcessGroup, Reduce};
 use tch::Tensor;
 
 /// The ranks of this generation, connected.
-pub(crate) struct Ring(pub(crate) ProcessGroup);
+pub(crate) struct Ring(pub(crate) Arc<ProcessGroup>);
 
 impl Ring {
     fn failed(&self, operation: &'static str) -> impl Fn(Error) -> CollectiveError {

@@ -1,12 +1,12 @@
-//! Everything a rank needs before its first step: data, ring, learner, and where the run had stopped.
+//! What a rank needs before its first step: once its data and model, and in every generation its ring.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use sgcl::augment::ViewParams;
-use sgcl::bank::{Banks, ShardPlan, Widths};
-use sgcl::collective::{Collective, Solo};
+use sgcl::bank::{Layout, Widths};
+use sgcl::collective::Solo;
 use sgcl::draws::HardRanks;
 use sgcl::model::Model;
 use sgcl::neighbours::Lattice;
@@ -17,40 +17,24 @@ use sgcl_c10d::{Buckets, Interface, ProcessGroup, Reducer, Store as Rendezvous};
 use sgcl_patchset::{CacheOptions, PatchSet, Store, Subset};
 use sgcl_proto::v1;
 use sgcl_runstore::metrics::MetricsWriter;
-use sgcl_runstore::{Commits, RunConfig, Spec, config};
+use sgcl_runstore::{RunConfig, Spec, config};
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
 
-use super::ring::Ring;
 use super::step::{Draws, Learner};
 use super::train::{Place, Position, Trainer};
 use crate::session::Session;
 
-/// A rank ready to train. Blocks until all ranks of the generation are.
-pub(crate) fn trainer(
-    runtime: &Handle,
-    local_rank: u32,
-    address: &str,
-    session: &mut Session,
-    assignment: &v1::Assignment,
-) -> Result<Trainer> {
-    let spec: Spec = serde_json::from_str(&assignment.spec_json).context("the coordinator's spec is not readable")?;
-    let run = Store::open(&assignment.run_url)?;
-    let (rank, world) = (assignment.rank as usize, assignment.world as usize);
+/// Longest wait for the rendezvous store: it answers at once, or its host is gone.
+const STORE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A rank with everything but its place among others: data opened, model made, no state yet.
+pub(crate) fn prepare(runtime: &Handle, local_rank: u32, address: &str, welcome: &v1::Welcome) -> Result<Trainer> {
+    let spec: Spec = serde_json::from_str(&welcome.spec_json).context("the coordinator's spec is not readable")?;
+    let run = Store::open(&welcome.run_url)?;
     let (set, subset) = runtime.block_on(data(&spec))?;
-    spec.config.check_against(subset.len() as u64, world)?;
     let device = device(&spec.config, local_rank)?;
-
-    let ring = ring(session, assignment, address, device, &spec.config)?;
-    let mut learner = learner(&spec, &set, &subset, ring.as_deref(), device)?;
-    let mut position = Position::default();
-    if let Some(seq) = assignment.commit {
-        let commit = runtime.block_on(Commits::new(&run).read(seq))?;
-        runtime.block_on(learner.restore(&run, &commit, &subset))?;
-        position = runtime.block_on(Position::of(&run, &commit))?;
-        tracing::info!(commit = seq, step = position.step, "resumed");
-    }
-
+    let (layout, learner) = learner(&spec, &set, &subset, device)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = spec.config.loader.threads.or(cores / spec.ranks_per_node.max(1) as usize);
     let pool = rayon::ThreadPoolBuilder::new()
@@ -61,25 +45,28 @@ pub(crate) fn trainer(
     let cache = cache(&set, &spec)?;
     // The reader of a remote set keeps the runtime it is made in.
     let reader = runtime.block_on(async { set.reader(cache) });
-    let ring: Box<dyn Collective> = match ring {
-        Some(ring) => ring,
-        None => Box::new(Solo),
-    };
     Ok(Trainer {
         runtime: runtime.clone(),
+        address: address.to_owned(),
         views: views(&spec.config),
         metrics: MetricsWriter::new(&run, spec.run.as_str()),
-        place: Place { rank, world, generation: assignment.generation },
+        place: Place::default(),
         spec,
         run,
         set,
         subset,
         reader: Arc::new(reader),
         pool: Arc::new(pool),
-        ring,
+        ring: Box::new(Solo),
+        layout,
         learner,
-        position,
+        position: Position::default(),
+        standing: false,
+        labelled: None,
+        before_move: None,
         spread: None,
+        writing: None,
+        committed: None,
     })
 }
 
@@ -115,31 +102,37 @@ fn device(config: &RunConfig, local_rank: u32) -> Result<Device> {
 }
 
 /// Finds the other ranks. A world of one needs none, but reports like the others.
-fn ring(
+pub(crate) fn ring(
     session: &mut Session,
-    assignment: &v1::Assignment,
+    place: &Place,
     address: &str,
     device: Device,
     config: &RunConfig,
-) -> Result<Option<Box<Ring>>> {
-    let timeout = Duration::from_secs(config.startup_timeout_s);
-    let hosted = if assignment.rank == 0 {
-        let (store, port) = Rendezvous::listen(address, 0, timeout)?;
+) -> Result<Option<Arc<ProcessGroup>>> {
+    let hosted = if place.rank == 0 {
+        let (store, port) = Rendezvous::listen(address, 0, STORE_TIMEOUT)?;
         session.store_listening(port);
         Some(store)
     } else {
         None
     };
     let (host, port) = session.rendezvous()?;
-    if assignment.world == 1 {
+    if place.world() == 1 {
         return Ok(None);
     }
     let store = match hosted {
         Some(store) => store,
-        None => Rendezvous::connect(&host, port, timeout)?,
+        None => Rendezvous::connect(&host, port, STORE_TIMEOUT)?,
     };
-    let store = store.prefix(&format!("generation-{}", assignment.generation))?;
-    let (rank, world) = (assignment.rank as usize, assignment.world as usize);
+    let store = store.prefix(&format!("generation-{}", place.generation))?;
+    // Forming a group waits for every rank and cannot be broken off, so it begins when all are known to be here.
+    let world = i64::try_from(place.world())?;
+    store.add("here", 1)?;
+    while store.add("here", 0)? < world {
+        session.check()?;
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let (rank, world) = (place.rank, place.world());
     let timeout = Duration::from_secs(config.step_timeout_s);
     let group = match device {
         #[cfg(feature = "nccl")]
@@ -148,16 +141,35 @@ fn ring(
         Device::Cuda(_) => bail!("this sgcl-worker was built without NCCL; build it with --features nccl"),
         _ => ProcessGroup::gloo(&store, rank, world, timeout, &Interface::Address(address.to_owned()))?,
     };
-    Ok(Some(Box::new(Ring(group))))
+    let group = Arc::new(group);
+    session.hold(&group)?;
+    Ok(Some(group))
 }
 
-fn learner(spec: &Spec, set: &PatchSet, subset: &Subset, ring: Option<&Ring>, device: Device) -> Result<Learner> {
+fn learner(spec: &Spec, set: &PatchSet, subset: &Subset, device: Device) -> Result<(Layout, Learner)> {
     let config = &spec.config;
     let n = i64::try_from(subset.len())?;
     let params = params(config)?;
     params.check(n)?;
-    let arch = config.backbone.arch.name().parse()?;
+    let arch: sgcl::backbone::Arch = config.backbone.arch.name().parse()?;
     let model = Model::new(arch, i64::try_from(config.projector.dim)?, device);
+    let sgd = Sgd::new(model.parameters(), config.optimizer.momentum, config.optimizer.weight_decay);
+    let index = set.index();
+    let rows = subset.rows();
+    let column = |values: &[i32]| rows.iter().map(|&id| values[id as usize]).collect::<Vec<_>>();
+    let slides: Vec<u32> = rows.iter().map(|&id| index.slides()[id as usize]).collect();
+    let lattice = Lattice::new(&slides, &column(index.xs()), &column(index.ys()))?;
+    let layout = layout(config, n, arch.width(), device)?;
+    let held = layout.nothing();
+    let clusters = Tensor::zeros([0], (Kind::Int64, device));
+    let hard_ranks = HardRanks::new(0, 0, config.objective.hard_beta);
+    let draws = Draws { seed: config.seed, hard_ranks, candidates: Candidates::Exact };
+    let last = Vec::new();
+    Ok((layout, Learner { model, sgd, held, clusters, last, lattice, params, draws, device, reducer: None }))
+}
+
+/// Random weights or those of a file: where a run begins.
+pub(crate) fn first_weights(model: &Model, config: &RunConfig) -> Result<()> {
     model.init(config.seed);
     if let Some(file) = &config.backbone.pretrained {
         let report = weights::load_backbone(&model.backbone, std::path::Path::new(file))?;
@@ -165,22 +177,11 @@ fn learner(spec: &Spec, set: &PatchSet, subset: &Subset, ring: Option<&Ring>, de
             tracing::warn!(missing = ?report.missing, unexpected = ?report.unexpected, "keys of {file} that did not match");
         }
     }
-    let parameters = model.parameters();
-    let reducer = match ring {
-        Some(ring) => {
-            let tensors: Vec<Tensor> = parameters.iter().map(|(_, parameter)| parameter.shallow_clone()).collect();
-            Some(Reducer::new(&tensors, &ring.0, Buckets::default())?)
-        }
-        None => None,
-    };
-    let sgd = Sgd::new(parameters, config.optimizer.momentum, config.optimizer.weight_decay);
-    let (rank, world) = ring.map_or((0, 1), |ring| (ring.rank(), ring.world()));
-    let banks = banks(config, n, arch.width(), &nodes(spec, world), rank, device)?;
-    let index = set.index();
-    let rows = subset.rows();
-    let column = |values: &[i32]| rows.iter().map(|&id| values[id as usize]).collect::<Vec<_>>();
-    let slides: Vec<u32> = rows.iter().map(|&id| index.slides()[id as usize]).collect();
-    let lattice = Lattice::new(&slides, &column(index.xs()), &column(index.ys()))?;
+    Ok(())
+}
+
+/// What a step draws depends on the world where `auto` picks by it.
+pub(crate) fn draws(config: &RunConfig, params: &Params, n: i64, world: usize) -> Result<Draws> {
     let candidates = match config.objective.sample(n.try_into()?, world) {
         Some(rows) => {
             tracing::info!(rows, patches = n, world, "a step looks through a sample of the bank");
@@ -194,31 +195,28 @@ fn learner(spec: &Spec, set: &PatchSet, subset: &Subset, ring: Option<&Ring>, de
     };
     let top = usize::try_from(params.top(looked_through))?;
     let hard_ranks = HardRanks::new(top, usize::try_from(params.hard)?, config.objective.hard_beta);
-    let labels = Tensor::zeros([i64::try_from(config.kmeans.runs)?, banks.held()], (Kind::Int64, device));
-    let clusters = Tensor::zeros([banks.held()], (Kind::Int64, device));
-    let draws = Draws { seed: config.seed, hard_ranks, candidates };
-    Ok(Learner { model, sgd, banks, labels, clusters, lattice, params, draws, device, reducer })
+    Ok(Draws { seed: config.seed, hard_ranks, candidates })
 }
 
-/// The node of each rank: ranks are numbered node by node.
-fn nodes(spec: &Spec, world: usize) -> Vec<usize> {
-    (0..world).map(|rank| rank / spec.ranks_per_node.max(1) as usize).collect()
+/// Gradients averaged over the ring while backward runs.
+pub(crate) fn reducer(model: &Model, ring: &ProcessGroup) -> Result<Reducer> {
+    let tensors: Vec<Tensor> = model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
+    Ok(Reducer::new(&tensors, ring, Buckets::default())?)
 }
 
-fn banks(config: &RunConfig, n: i64, backbone: i64, nodes: &[usize], rank: usize, device: Device) -> Result<Banks> {
+fn layout(config: &RunConfig, n: i64, backbone: i64, device: Device) -> Result<Layout> {
     let dtype = match config.bank.dtype {
         config::BankDtype::Fp32 => Kind::Float,
         config::BankDtype::Bf16 => Kind::BFloat16,
         config::BankDtype::Fp16 => Kind::Half,
     };
-    let plan = ShardPlan::new(nodes, config.bank.replicas > 0);
     let dim = i64::try_from(config.projector.dim)?;
     let widths = Widths {
         dim,
         backbone: if config.method.has_inter() { backbone } else { 0 },
         local: if config.method.has_local_views() { dim } else { 0 },
     };
-    Ok(Banks::random(config.seed, n, widths, plan, rank, (dtype, device)))
+    Ok(Layout { n, widths, runs: i64::try_from(config.kmeans.runs)?, dtype, device })
 }
 
 fn params(config: &RunConfig) -> Result<Params> {

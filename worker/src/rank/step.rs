@@ -5,9 +5,10 @@
 //! with the same weights, for the same reason.
 
 use anyhow::{Context, Result};
-use sgcl::bank::{Banks, Widths};
+use sgcl::bank::{BankRows, Held, Widths};
 use sgcl::collective::Collective;
 use sgcl::draws::{self, HardRanks};
+use sgcl::kmeans::joint_labels;
 use sgcl::model::{Model, Outputs};
 use sgcl::neighbours::Lattice;
 use sgcl::objective::{self, Candidates, HardKey, Negatives, Params, Pool, StepInputs, StepOutput};
@@ -24,17 +25,24 @@ pub(crate) const LOSSES: [&str; 4] = ["intra", "inter", "inner", "total"];
 pub(crate) struct Learner {
     pub(crate) model: Model,
     pub(crate) sgd: Sgd,
-    pub(crate) banks: Banks,
-    /// (runs, N) k-means labels of this epoch.
-    pub(crate) labels: Tensor,
-    /// (N) the labels of all runs as one.
+    /// Bank rows with this epoch's k-means labels.
+    pub(crate) held: Held,
+    /// (held) the labels of all runs as one.
     pub(crate) clusters: Tensor,
+    /// The last step's part in the bank, for a rank that missed its end.
+    pub(crate) last: Vec<Update>,
     pub(crate) lattice: Lattice,
     pub(crate) params: Params,
     pub(crate) draws: Draws,
     pub(crate) device: Device,
     /// Averages gradients over ranks while backward runs; none in a world of one.
     pub(crate) reducer: Option<Reducer>,
+}
+
+/// What one lane of every rank adds to the bank after a step.
+pub(crate) struct Update {
+    pub(crate) rows: Vec<i64>,
+    pub(crate) features: BankRows,
 }
 
 /// What a step draws from, beside the epoch and the step.
@@ -66,27 +74,83 @@ impl StepPlan {
     }
 }
 
+/// What a rank was asked for, or any rank: every rank sees it at the same step.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Asked {
+    /// Commit, then end.
+    pub(crate) stop: bool,
+    /// Make room for another generation.
+    pub(crate) pause: bool,
+    /// Commit.
+    pub(crate) commit: bool,
+}
+
 /// What all ranks know after a step.
 pub(crate) struct StepResult {
     /// Means over the step's anchors, in the order of [`LOSSES`].
     pub(crate) losses: [f64; 4],
-    /// True where any rank was asked to stop: every rank sees it at the same step.
-    pub(crate) stop: bool,
+    pub(crate) asked: Asked,
 }
 
 impl Learner {
-    /// Runs one step; `batches` are this rank's lanes in order, `stop` is this rank's own wish.
+    /// Runs one step; `batches` are this rank's lanes in order, `asked` is what this rank was asked for. Where the ring breaks nothing has
+    /// changed: weights, statistics and bank are those of the step before.
     pub(crate) fn step(
         &mut self,
         ring: &dyn Collective,
         plan: &StepPlan,
         batches: Vec<LaneBatch>,
-        stop: bool,
+        asked: Asked,
     ) -> Result<StepResult> {
+        let initial = self.model.backbone.bn_stats();
+        let (features, result) = match self.reduce(ring, plan, batches, asked, &initial) {
+            Ok(reduced) => reduced,
+            Err(error) => {
+                self.model.backbone.set_bn_stats(&initial);
+                return Err(error);
+            }
+        };
+        // From here on nothing waits for another rank: a step is finished or not begun.
+        // torchvision counts passes in training mode: globals and locals, whatever the number of lanes.
+        let passes = 1 + u64::from(self.params.inner);
+        self.model.backbone.set_batches_tracked(i64::try_from(passes * (plan.total + 1))?);
+        self.sgd.step(plan.lr);
+        // After all lanes: what a step sees of the bank does not depend on how its lanes are dealt.
+        self.last = features
+            .into_iter()
+            .enumerate()
+            .map(|(offset, features)| Update { rows: plan.together(offset).concat(), features })
+            .collect();
+        self.apply_last()?;
+        Ok(result)
+    }
+
+    /// Brings the bank to the end of the step that [`Learner::last`] belongs to.
+    pub(crate) fn apply_last(&mut self) -> Result<()> {
+        for update in &self.last {
+            self.held.banks.apply(&update.rows, &update.features, self.params.bank_momentum)?;
+        }
+        Ok(())
+    }
+
+    /// Takes the labels of this epoch.
+    pub(crate) fn label(&mut self, labels: Tensor) {
+        self.clusters = joint_labels(&labels, self.params.clusters);
+        self.held.labels = labels;
+    }
+
+    /// Forward and backward of this rank's lanes, gradients and statistics over the ring.
+    fn reduce(
+        &mut self,
+        ring: &dyn Collective,
+        plan: &StepPlan,
+        batches: Vec<LaneBatch>,
+        asked: Asked,
+        initial: &Tensor,
+    ) -> Result<(Vec<BankRows>, StepResult)> {
         let anchors: usize = plan.rows.iter().map(Vec::len).sum();
         let parameters: Vec<Tensor> = self.model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
         sgcl_c10d::zero_grad(&parameters);
-        let initial = self.model.backbone.bn_stats();
         let mut stats = initial.zeros_like();
         let mut losses = Tensor::zeros([4], (Kind::Float, self.device));
         let mut features = Vec::new();
@@ -108,26 +172,18 @@ impl Learner {
                 let values = [&loss.intra, &loss.inter, &loss.inner, &loss.total].map(Tensor::detach);
                 losses += Tensor::stack(&values, 0) * share;
                 stats += self.model.backbone.bn_stats() * share;
-                self.model.backbone.set_bn_stats(&initial);
+                self.model.backbone.set_bn_stats(initial);
             }
             features.push(loss.features);
         }
-        let result = self.share(ring, &stats, &losses, stop)?;
-        // torchvision counts passes in training mode: globals and locals, whatever the number of lanes.
-        let passes = 1 + u64::from(self.params.inner);
-        self.model.backbone.set_batches_tracked(i64::try_from(passes * (plan.total + 1))?);
-        self.sgd.step(plan.lr);
-        // After all lanes: what a step sees of the bank does not depend on how its lanes are dealt.
-        for (offset, features) in features.iter().enumerate() {
-            self.banks.apply(&plan.together(offset).concat(), features, self.params.bank_momentum)?;
-        }
-        Ok(result)
+        let result = self.share(ring, &stats, &losses, asked)?;
+        Ok((features, result))
     }
 
     /// Queries of one lane; none where the lane is empty.
     fn forward(&self, batch: &LaneBatch) -> Result<Outputs> {
         if batch.patches.is_empty() {
-            let Widths { dim, backbone, .. } = self.banks.widths();
+            let Widths { dim, backbone, .. } = self.held.banks.widths();
             let none = |width| Tensor::zeros([0, width], (Kind::Float, self.device));
             return Ok(Outputs { q: none(dim), x: none(backbone), ql: self.params.inner.then(|| none(dim)) });
         }
@@ -147,7 +203,7 @@ impl Learner {
         let (epoch, step) = (plan.epoch, plan.step);
         let k = usize::try_from(self.params.negatives)?;
         // Drawn for the step, whatever its lanes: the law that each query sees is the same.
-        let negatives = draws::negatives(*seed, epoch, step, 0, k, self.banks.len());
+        let negatives = draws::negatives(*seed, epoch, step, 0, k, self.held.banks.len());
         let ranks = if self.params.inter { hard_ranks.draw(*seed, epoch, step, 0) } else { Vec::new() };
         Ok(objective::step(
             &StepInputs {
@@ -157,27 +213,29 @@ impl Learner {
                 ids: &ids,
                 spatial: &spatial,
                 clusters: &self.clusters,
-                pool: &Pool::new(*candidates, &self.banks, *seed, epoch, step),
+                pool: &Pool::new(*candidates, &self.held.banks, *seed, epoch, step),
                 hard_ranks: &Tensor::from_slice(&ranks).to_device(self.device),
                 negatives: &Negatives::Shared(negatives),
                 key: HardKey::new(*seed, epoch, step),
                 inter_weight: plan.inter_weight,
             },
-            &self.banks,
+            &self.held.banks,
             &self.params,
             ring,
         )?)
     }
 
-    /// One small all-reduce: BatchNorm's statistics, the losses, and whether anyone was asked to stop.
-    fn share(&self, ring: &dyn Collective, stats: &Tensor, losses: &Tensor, stop: bool) -> Result<StepResult> {
-        let flag = Tensor::from_slice(&[f32::from(u8::from(stop))]).to_device(self.device);
-        let mut shared = Tensor::cat(&[stats, losses, &flag], 0);
+    /// One small all-reduce: BatchNorm's statistics, the losses, and what anyone was asked for.
+    fn share(&self, ring: &dyn Collective, stats: &Tensor, losses: &Tensor, asked: Asked) -> Result<StepResult> {
+        let flags = [asked.stop, asked.pause, asked.commit].map(|flag| f32::from(u8::from(flag)));
+        let flags = Tensor::from_slice(&flags).to_device(self.device);
+        let mut shared = Tensor::cat(&[stats, losses, &flags], 0);
         ring.all_reduce_sum(&mut shared)?;
         let width = stats.size()[0];
         self.model.backbone.set_bn_stats(&shared.narrow(0, 0, width));
-        let tail: Vec<f32> = Vec::try_from(shared.narrow(0, width, 5).to_device(Device::Cpu))?;
+        let tail: Vec<f32> = Vec::try_from(shared.narrow(0, width, 7).to_device(Device::Cpu))?;
         let losses = [0, 1, 2, 3].map(|at| f64::from(tail[at]));
-        Ok(StepResult { losses, stop: tail[4] > 0.0 })
+        let [stop, pause, commit] = [4, 5, 6].map(|at| tail[at] > 0.0);
+        Ok(StepResult { losses, asked: Asked { stop, pause, commit } })
     }
 }

@@ -1,27 +1,30 @@
-//! Epochs and steps: cluster ▸ plan ▸ load ▸ step ▸ commit, until the run is trained and exported, or stopped.
+//! Epochs and steps: cluster ▸ plan ▸ load ▸ step ▸ checkpoint, until the run is trained and exported, stopped, or paused for others.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use jiff::Timestamp;
 use rayon::ThreadPool;
 use roaring::RoaringBitmap;
+use serde::{Deserialize, Serialize};
 use sgcl::augment::ViewParams;
-use sgcl::bank::Spread;
-use sgcl::collective::Collective;
+use sgcl::bank::{Held, Layout, Spread};
+use sgcl::collective::{Collective, Solo};
 use sgcl::kmeans::{self, KMeans};
 use sgcl::schedule;
 use sgcl_patchset::{EpochPlan, PatchSet, ShardReader, Store, Subset};
 use sgcl_proto::v1;
 use sgcl_runstore::metrics::{MetricsWriter, StepMetrics};
-use sgcl_runstore::{Commit, Commits, Ledger, PartKind, PartRef, PartWriter, Spec, commit, export};
+use sgcl_runstore::{Commit, Commits, Ledger, PartKind, PartRef, PartWriter, Segment, Spec, commit, export};
 use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 
 use super::checkpoint;
-use super::loader::{EpochLoad, Loader};
-use super::step::{LOSSES, Learner, StepPlan, StepResult};
+use super::loader::{EpochLoad, LaneBatch, Loader};
+use super::reunite::{bitmap_bytes, bitmap_of};
+use super::step::{Asked, LOSSES, Learner, StepPlan, StepResult};
 use super::tensors::to_stored;
 use crate::session::Session;
 
@@ -29,27 +32,43 @@ use crate::session::Session;
 const FLUSH_STEPS: usize = 20;
 
 /// This rank's place in its generation.
+#[derive(Default)]
 pub(crate) struct Place {
     pub(crate) rank: usize,
-    pub(crate) world: usize,
     pub(crate) generation: u64,
+    /// The node of each rank of the world.
+    pub(crate) nodes: Vec<usize>,
+}
+
+impl Place {
+    pub(crate) fn world(&self) -> usize {
+        self.nodes.len()
+    }
 }
 
 /// Where training stands.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Position {
     /// Steps since the run began.
     pub(crate) step: u64,
-    epoch: u32,
+    pub(crate) epoch: u32,
     /// Steps of this epoch, over all its plans.
     epoch_step: u64,
     /// Steps of the current plan.
     cursor: usize,
     /// Lanes of the current plan; 0 before the first.
     lanes: usize,
+    /// Shards that a lane of it mixes.
+    window: usize,
+    /// Earlier plans of this epoch.
+    segments: Vec<Segment>,
+    /// Plans of the epochs before.
+    history: Vec<Vec<Segment>>,
     /// Patches the epoch had used when the current plan was made.
+    #[serde(skip)]
     base: RoaringBitmap,
     /// Patches the epoch has used.
+    #[serde(skip)]
     used: RoaringBitmap,
 }
 
@@ -68,32 +87,84 @@ impl Position {
             epoch_step: progress.epoch_step,
             cursor: usize::try_from(progress.cursor)?,
             lanes: progress.lanes as usize,
+            window: progress.window as usize,
+            segments: progress.segments.clone(),
+            history: progress.history.clone(),
             base: base.bitmap().clone(),
             used: commits.ledger(&progress.ledger).await?.bitmap().clone(),
         })
     }
 
-    /// Begins the next epoch where this one has used all patches.
-    fn roll_over(&mut self, all: &RoaringBitmap) -> bool {
-        let full = self.used == *all;
-        if full {
-            *self = Self { step: self.step, epoch: self.epoch + 1, ..Self::default() };
-        }
-        full
+    /// For another rank: the record, what the plan began with, what is used.
+    pub(crate) fn to_bytes(&self) -> Result<[Vec<u8>; 3]> {
+        Ok([serde_json::to_vec(self)?, bitmap_bytes(&self.base)?, bitmap_bytes(&self.used)?])
     }
 
-    /// Makes the plan over what is unused where there is none for this number of lanes.
-    fn replan(&mut self, lanes: usize) {
-        if self.lanes != lanes {
-            (self.lanes, self.cursor) = (lanes, 0);
+    pub(crate) fn from_bytes([record, base, used]: [&[u8]; 3]) -> Result<Self> {
+        let record: Self = serde_json::from_slice(record).context("another rank's position is not readable")?;
+        Ok(Self { base: bitmap_of(base)?, used: bitmap_of(used)?, ..record })
+    }
+
+    /// Whether the epoch has used all patches.
+    pub(crate) fn is_over(&self, all: &RoaringBitmap) -> bool {
+        self.used == *all
+    }
+
+    /// The plan being followed, as far as it was.
+    fn segment(&self) -> Result<Segment> {
+        Ok(Segment {
+            lanes: u32::try_from(self.lanes)?,
+            window: u32::try_from(self.window)?,
+            steps: self.cursor as u64,
+        })
+    }
+
+    /// Begins the next epoch.
+    fn roll_over(&mut self) -> Result<()> {
+        let mut history = std::mem::take(&mut self.history);
+        let mut segments = std::mem::take(&mut self.segments);
+        segments.push(self.segment()?);
+        history.push(segments);
+        *self = Self { step: self.step, epoch: self.epoch + 1, history, ..Self::default() };
+        Ok(())
+    }
+
+    /// Makes the plan over what is unused where there is none like it.
+    fn replan(&mut self, lanes: usize, window: usize) -> Result<()> {
+        if (self.lanes, self.window) != (lanes, window) {
+            if self.cursor > 0 {
+                self.segments.push(self.segment()?);
+            }
+            (self.lanes, self.window, self.cursor) = (lanes, window, 0);
             self.base = self.used.clone();
         }
+        Ok(())
     }
+}
+
+/// How training in a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Trained and exported.
+    Finished,
+    /// Stopped on request, after a commit.
+    Stopped,
+    /// Ready for the next generation.
+    Paused,
+}
+
+/// A checkpoint that is being uploaded while training goes on.
+pub(crate) struct Writing {
+    step: u64,
+    done: bool,
+    upload: JoinHandle<Result<()>>,
 }
 
 /// A rank with all it needs.
 pub(crate) struct Trainer {
     pub(crate) runtime: Handle,
+    /// Where other nodes' ranks reach this one.
+    pub(crate) address: String,
     pub(crate) spec: Spec,
     pub(crate) run: Store,
     pub(crate) set: PatchSet,
@@ -102,46 +173,94 @@ pub(crate) struct Trainer {
     pub(crate) pool: Arc<ThreadPool>,
     pub(crate) views: ViewParams,
     pub(crate) ring: Box<dyn Collective>,
+    pub(crate) layout: Layout,
     pub(crate) learner: Learner,
     pub(crate) metrics: MetricsWriter,
     pub(crate) place: Place,
     pub(crate) position: Position,
+    /// Whether this rank holds state that others could go on from.
+    pub(crate) standing: bool,
+    /// Epoch that the k-means labels are of.
+    pub(crate) labelled: Option<u32>,
+    /// Bank rows before a move of which this rank does not know whether it ended everywhere.
+    pub(crate) before_move: Option<Held>,
     /// Of the bank when the epoch began.
     pub(crate) spread: Option<Spread>,
+    pub(crate) writing: Option<Writing>,
+    /// Step and number of the newest commit, and whether all epochs were trained by then.
+    pub(crate) committed: Option<(u64, u64, bool)>,
 }
 
 impl Trainer {
-    /// Trains to the end. True where it was stopped before, after a commit.
-    pub(crate) fn run(mut self, session: &mut Session) -> Result<bool> {
+    /// Steps finished of the state that this rank holds.
+    pub(crate) fn step(&self) -> Option<u64> {
+        self.standing.then_some(self.position.step)
+    }
+
+    /// Lets go of a generation's ring, which frees the peers that still wait in it.
+    pub(crate) fn leave(&mut self) {
+        self.learner.reducer = None;
+        self.ring = Box::new(Solo);
+    }
+
+    /// Trains until the run is over, stopped, or makes room for another generation.
+    pub(crate) fn train(&mut self, session: &mut Session) -> Result<End> {
+        // What an earlier generation had begun to upload is nobody's any more.
+        if let Some(writing) = self.writing.take() {
+            writing.upload.abort();
+        }
         let all = self.subset.unused();
-        let mut fresh = self.position.step == 0 || self.position.roll_over(&all);
-        let mut newest = None;
-        while self.position.epoch < self.spec.config.epochs {
-            // An epoch resumed half-way brought its clusters along.
-            if fresh {
+        let epochs = self.spec.config.epochs;
+        loop {
+            if self.position.is_over(&all) {
+                if self.position.epoch + 1 >= epochs {
+                    break;
+                }
+                self.position.roll_over()?;
+            }
+            // An epoch gone on with in the middle brought its clusters along.
+            if self.labelled != Some(self.position.epoch) {
                 self.cluster(session)?;
             }
-            let stopped = self.epoch(session, &all)?;
-            let last = self.position.epoch + 1 == self.spec.config.epochs;
-            let due = (self.position.epoch + 1).is_multiple_of(self.spec.config.checkpoint.every_epochs);
-            if stopped || last || due {
-                newest = Some(self.commit(session, last && !stopped)?);
+            let asked = self.epoch(session, &all)?;
+            if asked.stop {
+                self.commit(session)?;
+                return Ok(End::Stopped);
             }
-            if stopped {
-                return Ok(true);
+            if asked.pause {
+                return self.make_room(session);
             }
-            fresh = self.position.roll_over(&all);
+            let last = self.position.epoch + 1 >= epochs;
+            if !last && (self.position.epoch + 1).is_multiple_of(self.spec.config.checkpoint.every_epochs) {
+                self.checkpoint(session, false)?;
+            }
+        }
+        self.uploaded(session)?;
+        if !self.committed.is_some_and(|(step, _, done)| done && step == self.position.step) {
+            self.checkpoint(session, true)?;
+            self.uploaded(session)?;
         }
         if self.place.rank == 0 {
-            self.export(session, newest)?;
+            self.export(session)?;
         }
         // Nobody leaves the ring, or calls the run finished, before the export is durable.
         self.ring.barrier()?;
-        Ok(false)
+        Ok(End::Finished)
+    }
+
+    /// Hands over what those who leave hold; every rank gets here after the same step.
+    fn make_room(&mut self, session: &mut Session) -> Result<End> {
+        let pause = session.pause()?;
+        tracing::info!(reason = pause.reason, step = self.position.step, "pausing");
+        if pause.commit {
+            self.commit(session)?;
+        }
+        self.hand_over(&pause.leaving)?;
+        Ok(End::Paused)
     }
 
     fn cluster(&mut self, session: &Session) -> Result<()> {
-        let spread = self.learner.banks.spread(self.ring.as_ref())?;
+        let spread = self.learner.held.banks.spread(self.ring.as_ref())?;
         if self.position.epoch > 0 && spread.collapsed() && self.place.rank == 0 {
             tracing::warn!(
                 deviation = spread.deviation,
@@ -152,6 +271,7 @@ impl Trainer {
         }
         self.spread = Some(spread);
         if !self.spec.config.method.has_inter() {
+            self.labelled = Some(self.position.epoch);
             return Ok(());
         }
         self.tell(session, "k-means", 0, BTreeMap::new(), 0.0);
@@ -161,22 +281,24 @@ impl Trainer {
             clusters: i64::try_from(config.clusters)?,
             iterations: i64::try_from(config.iterations)?,
         };
-        let (banks, seed, epoch) = (&self.learner.banks, self.spec.config.seed, u64::from(self.position.epoch));
+        let (banks, seed, epoch) = (&self.learner.held.banks, self.spec.config.seed, u64::from(self.position.epoch));
         let labels = kmeans::cluster(banks, size, seed, epoch, self.ring.as_ref())?;
-        self.learner.clusters = kmeans::joint_labels(&labels, size.clusters);
-        self.learner.labels = labels;
+        self.learner.label(labels);
+        self.labelled = Some(self.position.epoch);
         Ok(())
     }
 
-    /// Trains what is left of the epoch. True where it was stopped before its end.
-    fn epoch(&mut self, session: &Session, all: &RoaringBitmap) -> Result<bool> {
-        let config = &self.spec.config;
+    /// Trains what is left of the epoch, or until any rank is asked for something else.
+    fn epoch(&mut self, session: &mut Session, all: &RoaringBitmap) -> Result<Asked> {
+        let config = self.spec.config.clone();
         let accumulate = config.batch.accumulate;
-        let lanes = self.place.world * accumulate;
-        self.position.replan(lanes);
+        let world = self.place.world();
+        let lanes = world * accumulate;
+        let window = config.loader.window_shards;
+        self.position.replan(lanes, window)?;
         let epoch = u64::from(self.position.epoch);
         let unused = all - &self.position.base;
-        let (batch, window) = (config.batch.per_rank, config.loader.window_shards);
+        let batch = config.batch.per_rank;
         let plan = EpochPlan::new(self.set.index(), config.seed, epoch, &unused, lanes, batch, window)?;
         let plan = Arc::new(plan);
         let mine = self.place.rank * accumulate;
@@ -192,11 +314,13 @@ impl Trainer {
                 epoch,
             },
         )?;
-        let lr = schedule::cosine(config.base_lr(self.place.world), epoch, u64::from(config.epochs));
+        let lr = schedule::cosine(config.base_lr(world), epoch, u64::from(config.epochs));
         let inter_weight = schedule::rampup(epoch as f64);
         let steps = self.position.epoch_step + (plan.steps() - self.position.cursor) as u64;
+        let mut since_commit = Instant::now();
         while self.position.cursor < plan.steps() {
             let began = Instant::now();
+            session.check()?;
             let step = StepPlan {
                 epoch,
                 step: self.position.epoch_step,
@@ -206,19 +330,31 @@ impl Trainer {
                 rows: self.rows(&plan)?,
                 lanes_per_rank: accumulate,
             };
-            let batches = (0..accumulate).map(|_| loader.next()).collect::<Result<_>>()?;
-            let result = self.learner.step(self.ring.as_ref(), &step, batches, session.stop_requested())?;
+            let batches: Vec<LaneBatch> = (0..accumulate).map(|_| loader.next()).collect::<Result<_>>()?;
+            let planned = (mine..mine + accumulate).map(|lane| plan.batch_of(lane, self.position.cursor));
+            ensure!(batches.iter().map(|b| &b.patches[..]).eq(planned), "the loader read other patches than planned");
+            let wishes = session.wishes();
+            let (every, seconds) = (config.checkpoint.every_steps, config.checkpoint.every_seconds);
+            // One rank's clock decides for all.
+            let due = self.place.rank == 0 && seconds > 0 && since_commit.elapsed().as_secs() >= seconds;
+            let asked = Asked { stop: wishes.stop, pause: wishes.pause.is_some(), commit: due };
+            let result = self.learner.step(self.ring.as_ref(), &step, batches, asked)?;
             self.position.step += 1;
             self.position.epoch_step += 1;
             self.position.cursor += 1;
             self.position.used = &self.position.base | plan.used_before(self.position.cursor);
             let patches: usize = step.rows.iter().map(Vec::len).sum();
             self.record(session, &result, lr, patches as f64 / began.elapsed().as_secs_f64(), steps)?;
-            if result.stop && self.position.cursor < plan.steps() {
-                return Ok(true);
+            let over = self.position.cursor >= plan.steps();
+            if result.asked.pause || result.asked.stop && !over {
+                return Ok(result.asked);
+            }
+            if !over && (result.asked.commit || every > 0 && self.position.step.is_multiple_of(every)) {
+                self.checkpoint(session, false)?;
+                since_commit = Instant::now();
             }
         }
-        Ok(false)
+        Ok(Asked::default())
     }
 
     /// Bank rows of every lane of the coming step.
@@ -250,19 +386,20 @@ impl Trainer {
         }
         values.insert("samples_per_second".into(), pace);
         self.tell(session, "training", steps, values.clone(), pace);
-        if self.place.rank == 0 {
-            self.metrics.push(StepMetrics {
-                step: self.position.step,
-                generation: self.place.generation,
-                epoch: self.position.epoch,
-                epoch_step: self.position.epoch_step,
-                epoch_steps: steps,
-                time: Timestamp::now(),
-                values,
-            });
-            if self.metrics.pending() >= FLUSH_STEPS {
-                self.runtime.block_on(self.metrics.flush())?;
-            }
+        self.metrics.push(StepMetrics {
+            step: self.position.step,
+            generation: self.place.generation,
+            epoch: self.position.epoch,
+            epoch_step: self.position.epoch_step,
+            epoch_steps: steps,
+            time: Timestamp::now(),
+            values,
+        });
+        if self.place.rank > 0 {
+            // Should the rank that writes be lost, what it had not written yet is still known here.
+            self.metrics.keep(2 * FLUSH_STEPS);
+        } else if self.metrics.pending() >= FLUSH_STEPS {
+            self.runtime.block_on(self.metrics.flush())?;
         }
         Ok(())
     }
@@ -279,65 +416,105 @@ impl Trainer {
         });
     }
 
-    /// Writes this rank's parts and waits until the coordinator has made a commit of all ranks'. Returns its number.
-    fn commit(&mut self, session: &mut Session, done: bool) -> Result<u64> {
-        self.tell(session, "checkpoint", self.position.epoch_step, BTreeMap::new(), 0.0);
-        let Place { rank, generation, .. } = self.place;
-        let parts = self.learner.snapshot(rank, &self.subset)?;
-        let writer = PartWriter::new(&self.run, generation, self.position.step);
-        let parts = self.runtime.block_on(checkpoint::write(&writer, parts))?;
-        let progress_json = if rank == 0 {
-            self.runtime.block_on(self.metrics.flush())?;
-            serde_json::to_string(&self.runtime.block_on(self.progress(&writer, done))?)?
-        } else {
-            String::new()
-        };
-        let parts = parts.iter().map(part).collect::<Result<_>>()?;
-        session.commit(v1::PartsWritten { progress_json, step: self.position.step, parts })
+    /// Commits and waits for it.
+    fn commit(&mut self, session: &mut Session) -> Result<()> {
+        self.uploaded(session)?;
+        if self.committed.is_none_or(|(step, ..)| step != self.position.step) {
+            self.checkpoint(session, false)?;
+            self.uploaded(session)?;
+        }
+        Ok(())
     }
 
-    /// What the commit says beside the parts, which the coordinator collects from all ranks.
-    async fn progress(&self, writer: &PartWriter, done: bool) -> Result<commit::Progress> {
-        let position = &self.position;
-        let put = async |name: &str, used: &RoaringBitmap| {
-            writer.put(PartKind::Ledger, name, Ledger::from(used.clone()).to_bytes()?).await
-        };
-        let plan_base =
-            if position.base.is_empty() { None } else { Some(put("plan-base.roaring", &position.base).await?) };
-        Ok(commit::Progress {
-            generation: self.place.generation,
-            lease_epoch: 0,
-            step: position.step,
-            epoch: position.epoch,
-            epoch_step: position.epoch_step,
-            cursor: position.cursor as u64,
-            lanes: u32::try_from(position.lanes)?,
-            world: u32::try_from(self.place.world)?,
-            plan_base,
-            ledger: put("ledger.roaring", &position.used).await?,
-            parts: Vec::new(),
-            losses: BTreeMap::new(),
-            done,
-        })
+    /// Copies this rank's part of the state to host memory and uploads it while training goes on. The coordinator makes a commit of
+    /// all ranks' parts. One is under way at a time.
+    fn checkpoint(&mut self, session: &mut Session, done: bool) -> Result<()> {
+        self.uploaded(session)?;
+        self.tell(session, "checkpoint", self.position.epoch_step, BTreeMap::new(), 0.0);
+        let Place { rank, generation, .. } = self.place;
+        let step = self.position.step;
+        let parts = self.learner.snapshot(rank, &self.subset)?;
+        let writer = PartWriter::new(&self.run, generation, step);
+        let (reporter, position, world) = (session.reporter(), self.position.clone(), self.place.world());
+        if rank == 0 {
+            self.runtime.block_on(self.metrics.flush())?;
+        }
+        let upload = self.runtime.spawn(async move {
+            let parts = checkpoint::write(&writer, parts).await?;
+            let progress_json = if rank == 0 {
+                serde_json::to_string(&progress(&writer, &position, generation, world, done).await?)?
+            } else {
+                String::new()
+            };
+            let parts = parts.iter().map(part).collect::<Result<_>>()?;
+            reporter.parts_written(v1::PartsWritten { progress_json, step, parts });
+            Ok(())
+        });
+        self.writing = Some(Writing { step, done, upload });
+        Ok(())
+    }
+
+    /// Waits for the checkpoint under way to be committed.
+    fn uploaded(&mut self, session: &mut Session) -> Result<()> {
+        let Some(writing) = &mut self.writing else { return Ok(()) };
+        while !writing.upload.is_finished() {
+            session.check()?;
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let (step, done) = (writing.step, writing.done);
+        self.runtime.block_on(&mut writing.upload).context("the upload broke off")??;
+        let seq = session.committed(step)?;
+        self.committed = Some((step, seq, done));
+        self.writing = None;
+        Ok(())
     }
 
     /// Writes the backbone of the newest commit in every format.
-    fn export(&self, session: &Session, newest: Option<u64>) -> Result<()> {
+    fn export(&self, session: &Session) -> Result<()> {
         self.tell(session, "export", self.position.epoch_step, BTreeMap::new(), 0.0);
         let tensors = self.learner.model.backbone.state();
         let tensors = tensors.into_iter().map(|(name, tensor)| to_stored(name, &tensor)).collect::<Result<Vec<_>>>()?;
         self.runtime.block_on(async {
-            let commits = Commits::new(&self.run);
-            let commit = match newest {
-                Some(seq) => commits.read(seq).await?,
-                // Resumed after the last commit: only the export was missing.
-                None => commits.latest().await?.context("a run without a commit cannot be exported")?,
-            };
+            let (_, seq, _) = self.committed.context("a run without a commit cannot be exported")?;
+            let commit = Commits::new(&self.run).read(seq).await?;
             let folder = export::write_export(&self.run, &self.spec, &commit, &tensors, Timestamp::now()).await?;
             tracing::info!(folder, "exported");
             Ok(())
         })
     }
+}
+
+/// What a commit says beside the parts, which the coordinator collects from all ranks.
+async fn progress(
+    writer: &PartWriter,
+    position: &Position,
+    generation: u64,
+    world: usize,
+    done: bool,
+) -> Result<commit::Progress> {
+    let put = async |name: &str, used: &RoaringBitmap| {
+        writer.put(PartKind::Ledger, name, Ledger::from(used.clone()).to_bytes()?).await
+    };
+    let plan_base =
+        if position.base.is_empty() { None } else { Some(put("plan-base.roaring", &position.base).await?) };
+    Ok(commit::Progress {
+        generation,
+        lease_epoch: 0,
+        step: position.step,
+        epoch: position.epoch,
+        epoch_step: position.epoch_step,
+        cursor: position.cursor as u64,
+        lanes: u32::try_from(position.lanes)?,
+        window: u32::try_from(position.window)?,
+        segments: position.segments.clone(),
+        history: position.history.clone(),
+        world: u32::try_from(world)?,
+        plan_base,
+        ledger: put("ledger.roaring", &position.used).await?,
+        parts: Vec::new(),
+        losses: BTreeMap::new(),
+        done,
+    })
 }
 
 fn part(part: &PartRef) -> Result<v1::Part> {

@@ -10,7 +10,7 @@ use crate::record::{self, FORMAT_VERSION, new_write_id};
 const FOLDER: &str = "events";
 
 /// A change of state. The names are stored: never rename one.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case")]
 pub enum EventKind {
     /// Training began, or went on after a suspension.
@@ -20,9 +20,28 @@ pub enum EventKind {
         /// Commit it went on from.
         from_commit: Option<u64>,
     },
-    /// Training went on after a loss.
-    Restarted {
-        /// What was lost.
+    /// The membership changed while training, and training went on.
+    Regrouped {
+        /// What made it necessary.
+        reason: String,
+        /// Whether it counts as a failure; a preemption or a node that joins does not.
+        failure: bool,
+        /// Ranks before.
+        world_before: u32,
+        /// Ranks after.
+        world: u32,
+        /// From the cause to training again.
+        seconds: f64,
+        /// Steps that had to be trained again.
+        steps_lost: u64,
+        /// Commit that was gone back to, where memory did not hold everything.
+        from_commit: Option<u64>,
+    },
+    /// A commit could not be used and was put away as `damaged/…`.
+    SetAside {
+        /// Number it had.
+        seq: u64,
+        /// What is wrong with it.
         reason: String,
     },
     /// Stopped; can be resumed.
@@ -39,8 +58,16 @@ pub enum EventKind {
     Finished,
 }
 
+impl EventKind {
+    /// Whether training had to go on after a loss.
+    #[must_use]
+    pub fn is_restart(&self) -> bool {
+        matches!(self, Self::Regrouped { failure: true, .. })
+    }
+}
+
 /// A stored event.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Event {
     /// Format version.
     pub version: u32,

@@ -30,50 +30,59 @@ pub struct ShardPlan {
 }
 
 impl ShardPlan {
-    /// Deals shards to ranks; `nodes[rank]` is the rank's node.
+    /// Deals shards that nobody holds yet; `nodes[rank]` is the rank's node.
     ///
     /// # Panics
     /// Without a rank.
     #[must_use]
     pub fn new(nodes: &[usize], replicas: bool) -> Self {
-        let shards = SHARDS as usize;
-        let nobody = Self { owner: vec![usize::MAX; shards], replica: vec![None; shards], world: 0 };
-        nobody.moved(&[], nodes, replicas)
+        Self::for_rows(SHARDS, nodes, replicas)
     }
 
-    /// The plan of the next generation: `kept[old rank]` is that rank's new number, `None` where it is gone. A shard whose owner
-    /// is gone goes to its replica; beyond that, only what evens the load out moves.
+    /// The same for a bank of `n` rows, which may be so few that some shards have none: those are dealt to nobody.
     ///
     /// # Panics
     /// Without a rank.
     #[must_use]
-    pub fn moved(&self, kept: &[Option<usize>], nodes: &[usize], replicas: bool) -> Self {
-        let world = nodes.len();
-        assert!(world > 0, "a plan needs a rank");
-        let now = |old: usize| kept.get(old).copied().flatten();
-        let held: Vec<(Option<usize>, Option<usize>)> =
-            self.owner.iter().zip(&self.replica).map(|(&owner, replica)| (now(owner), replica.and_then(now))).collect();
+    pub fn for_rows(n: i64, nodes: &[usize], replicas: bool) -> Self {
+        let nodes: Vec<Option<usize>> = nodes.iter().copied().map(Some).collect();
+        Self::settled(&vec![Vec::new(); n.clamp(0, SHARDS) as usize], &nodes, replicas)
+    }
 
-        let mut owners = Quotas::new(held.len(), world);
+    /// Deals shards to ranks that may hold some already: `holders[shard]` are those that do, its present owner first. A shard whose
+    /// owner is gone goes to its copy; beyond that, only what evens the load out moves. A rank whose node is `None` is about to
+    /// leave: it is dealt nothing. Shards beyond `holders` have no rows.
+    ///
+    /// # Panics
+    /// Where nobody stays.
+    #[must_use]
+    pub fn settled(holders: &[Vec<usize>], nodes: &[Option<usize>], replicas: bool) -> Self {
+        let world = nodes.len();
+        let staying = nodes.iter().flatten().count();
+        assert!(staying > 0, "a plan needs a rank");
+
+        let mut owners = Quotas::new(holders.len(), nodes);
         // Who has a shard keeps it, before anybody is given one.
         let mut owner: Vec<Option<usize>> =
-            held.iter().map(|&(owner, _)| owner.filter(|&rank| owners.take(rank))).collect();
-        for (shard, owner) in owner.iter_mut().enumerate() {
+            holders.iter().map(|held| held.first().copied().filter(|&rank| owners.take(rank))).collect();
+        for (owner, held) in owner.iter_mut().zip(holders) {
             // A copy that is here already is the cheapest owner.
-            let here = held[shard].1.filter(|&rank| owner.is_none() && owners.take(rank));
+            let here = held.iter().skip(1).copied().find(|&rank| owner.is_none() && owners.take(rank));
             *owner = owner.or(here);
         }
         let owner: Vec<usize> =
             owner.into_iter().map(|owner| owner.unwrap_or_else(|| owners.take_least(|_| true, |_| 0))).collect();
 
-        let several = nodes.iter().any(|node| *node != nodes[0]);
+        let mut present = nodes.iter().flatten();
+        let first = present.next();
+        let several = present.any(|node| Some(node) != first);
         let fits = |shard: usize, rank: usize| rank != owner[shard] && (!several || nodes[rank] != nodes[owner[shard]]);
-        let mut replica = vec![None; held.len()];
-        if replicas && world > 1 {
-            let mut copies = Quotas::new(held.len(), world);
+        let mut replica = vec![None; holders.len()];
+        if replicas && staying > 1 {
+            let mut copies = Quotas::new(holders.len(), nodes);
             for (shard, replica) in replica.iter_mut().enumerate() {
-                let (first, second) = held[shard];
-                *replica = [second, first].into_iter().flatten().find(|&r| fits(shard, r) && copies.take(r));
+                let (first, others) = holders[shard].split_at(holders[shard].len().min(1));
+                *replica = others.iter().chain(first).copied().find(|&r| fits(shard, r) && copies.take(r));
             }
             // An owner's copies are spread over the others: when it is lost, all of them take a part and nothing moves.
             let mut pairs = vec![vec![0; world]; world];
@@ -90,6 +99,12 @@ impl ShardPlan {
             }
         }
         Self { owner, replica, world }
+    }
+
+    /// Who holds each shard, the owner first.
+    #[must_use]
+    pub fn holders(&self) -> Vec<Vec<usize>> {
+        self.owner.iter().zip(&self.replica).map(|(&owner, copy)| std::iter::once(owner).chain(*copy).collect()).collect()
     }
 
     /// Ranks.
@@ -112,31 +127,34 @@ impl ShardPlan {
 
     /// Shards that `rank` owns, ascending.
     pub fn owned(&self, rank: usize) -> impl Iterator<Item = i64> {
-        (0..SHARDS).filter(move |&shard| self.owner(shard) == rank)
+        (0_i64..).zip(&self.owner).filter(move |&(_, &owner)| owner == rank).map(|(shard, _)| shard)
     }
 
     /// Shards that `rank` holds a second copy of, ascending.
     pub fn copied(&self, rank: usize) -> impl Iterator<Item = i64> {
-        (0..SHARDS).filter(move |&shard| self.replica(shard) == Some(rank))
+        (0_i64..).zip(&self.replica).filter(move |&(_, &copy)| copy == Some(rank)).map(|(shard, _)| shard)
     }
 }
 
 /// Counts what ranks have taken: ⌈shards / world⌉ at most, and no more ranks at that size than must be.
 struct Quotas {
     taken: Vec<usize>,
+    stays: Vec<bool>,
     floor: usize,
     /// Ranks that may still go one above the floor.
     spare: usize,
 }
 
 impl Quotas {
-    fn new(shards: usize, world: usize) -> Self {
-        Self { taken: vec![0; world], floor: shards / world, spare: shards % world }
+    fn new(shards: usize, nodes: &[Option<usize>]) -> Self {
+        let stays: Vec<bool> = nodes.iter().map(Option::is_some).collect();
+        let staying = stays.iter().filter(|stays| **stays).count();
+        Self { taken: vec![0; nodes.len()], stays, floor: shards / staying, spare: shards % staying }
     }
 
     fn take(&mut self, rank: usize) -> bool {
         let full = self.taken[rank] >= self.floor;
-        if full && (self.taken[rank] > self.floor || self.spare == 0) {
+        if !self.stays[rank] || full && (self.taken[rank] > self.floor || self.spare == 0) {
             return false;
         }
         self.spare -= usize::from(full);
@@ -147,7 +165,8 @@ impl Quotas {
     /// The rank with least `load`, then with least taken, among those that may; the quota gives way where nodes are uneven.
     fn take_least(&mut self, may: impl Fn(usize) -> bool, load: impl Fn(usize) -> usize) -> usize {
         let key = |&rank: &usize| (load(rank), self.taken[rank], rank);
-        let rank = (0..self.taken.len()).filter(|&rank| may(rank)).min_by_key(key).unwrap_or(0);
+        let stay = |rank: &usize| self.stays[*rank];
+        let rank = (0..self.taken.len()).filter(stay).filter(|&rank| may(rank)).min_by_key(key).unwrap_or(0);
         if !self.take(rank) {
             self.taken[rank] += 1;
         }
@@ -161,6 +180,13 @@ mod tests {
 
     fn changed(a: &ShardPlan, b: &ShardPlan) -> usize {
         (0..SHARDS).filter(|&shard| a.owner(shard) != b.owner(shard)).count()
+    }
+
+    /// The plan of the next generation, where `kept[old rank]` is that rank's new number.
+    fn moved(before: &ShardPlan, kept: &[Option<usize>], nodes: &[usize], replicas: bool) -> ShardPlan {
+        let holders: Vec<Vec<usize>> =
+            before.holders().iter().map(|held| held.iter().filter_map(|&rank| kept[rank]).collect()).collect();
+        ShardPlan::settled(&holders, &nodes.iter().copied().map(Some).collect::<Vec<_>>(), replicas)
     }
 
     #[test]
@@ -183,7 +209,7 @@ mod tests {
     #[test]
     fn a_lost_rank_moves_its_own_shards_alone_and_to_their_copies() {
         let before = ShardPlan::new(&[0, 1, 2, 3], true);
-        let after = before.moved(&[Some(0), None, Some(1), Some(2)], &[0, 2, 3], true);
+        let after = moved(&before, &[Some(0), None, Some(1), Some(2)], &[0, 2, 3], true);
         let number = [0, usize::MAX, 1, 2];
         let mut fetched = 0;
         for shard in 0..SHARDS {
@@ -200,9 +226,19 @@ mod tests {
     #[test]
     fn a_rank_that_joins_is_given_its_share_and_nothing_else_moves() {
         let before = ShardPlan::new(&[0, 1, 2], false);
-        let after = before.moved(&[Some(0), Some(1), Some(2)], &[0, 1, 2, 3], false);
+        let after = moved(&before, &[Some(0), Some(1), Some(2)], &[0, 1, 2, 3], false);
         assert_eq!((after.owned(3).count(), changed(&before, &after)), (256, 256));
-        assert_eq!(before.moved(&[Some(0), Some(1), Some(2)], &[0, 1, 2], false), before);
+        assert_eq!(moved(&before, &[Some(0), Some(1), Some(2)], &[0, 1, 2], false), before);
+    }
+
+    #[test]
+    fn a_rank_about_to_leave_is_dealt_nothing_and_its_copies_take_over() {
+        let before = ShardPlan::new(&[0, 0, 1, 1], true);
+        let after = ShardPlan::settled(&before.holders(), &[Some(0), Some(0), None, None], true);
+        assert!((2..4).all(|rank| after.owned(rank).count() == 0 && after.copied(rank).count() == 0));
+        assert_eq!((after.owned(0).count(), after.copied(0).count()), (512, 512));
+        let elsewhere = (0..SHARDS).filter(|&s| before.owner(s) >= 2 && before.replica(s) != Some(after.owner(s))).count();
+        assert!(elsewhere <= 20, "{elsewhere} shards went to a rank that held no copy");
     }
 
     #[test]

@@ -40,7 +40,7 @@ impl Pool {
     pub fn exact(banks: &Banks) -> Self {
         let world = banks.plan().world();
         let mut rows = vec![0; world];
-        for shard in 0..crate::bank::SHARDS {
+        for shard in 0..banks.len().min(crate::bank::SHARDS) {
             rows[banks.plan().owner(shard)] += crate::bank::rows_in_shard(shard, banks.len());
         }
         Self { slots: None, total: banks.len(), most: rows.into_iter().max().unwrap_or(0), weight: 1.0 }

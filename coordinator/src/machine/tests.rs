@@ -1,0 +1,291 @@
+#![allow(clippy::unwrap_used)]
+
+use super::*;
+
+struct Run {
+    machine: Machine,
+    now: Instant,
+    log: Vec<Effect>,
+    ranks: u32,
+}
+
+impl Run {
+    fn new(nodes: u32, ranks: u32, min_nodes: u32, max_restarts: u32) -> Self {
+        let now = Instant::now();
+        let settings = Settings {
+            nodes,
+            min_nodes,
+            ranks_per_node: ranks,
+            max_restarts,
+            startup_timeout: Duration::from_secs(60),
+            step_timeout: Duration::from_secs(30),
+        };
+        let (machine, log) = Machine::start(settings, 0, now);
+        Run { machine, now, log, ranks }
+    }
+
+    fn on(&mut self, event: Event) -> Vec<Effect> {
+        let effects = self.machine.handle(self.now, event);
+        self.log.extend(effects.iter().cloned());
+        effects
+    }
+
+    fn wait(&mut self, seconds: u64) -> Vec<Effect> {
+        self.now += Duration::from_secs(seconds);
+        self.on(Event::Tick)
+    }
+
+    fn ready(&mut self, node: &str, local: u32, attempt: u32) -> Vec<Effect> {
+        let generation = self.machine.generation();
+        self.on(Event::RankReady { place: (node.into(), local), attempt, generation, broken: None })
+    }
+
+    /// A node joins and its ranks become ready.
+    fn join(&mut self, node: &str, slot: u32) -> Vec<Effect> {
+        self.on(Event::NodeJoined { node: node.into(), slot, address: format!("at-{node}") });
+        (0..self.ranks).flat_map(|local| self.ready(node, local, 0)).collect()
+    }
+
+    /// The ranks that were just assigned find each other at `step`.
+    fn reunite(&mut self, assigned: &[Effect], step: u64) -> Vec<Effect> {
+        let generation = self.machine.generation();
+        let mut effects = self.on(Event::StoreListening { generation, port: 7 });
+        for place in places(assigned) {
+            effects.extend(self.on(Event::Reunited { generation, place, step, from_commit: None }));
+        }
+        effects
+    }
+
+    fn step(&mut self, step: u64) {
+        let generation = self.machine.generation();
+        self.on(Event::Progress { generation, step });
+    }
+
+    fn exit(&mut self, node: &str, local: u32, attempt: u32, code: i32) -> Vec<Effect> {
+        self.on(Event::RankExited { place: (node.into(), local), attempt, code, last_words: "words".into() })
+    }
+
+    /// Two nodes of `ranks` ranks that train.
+    fn training(ranks: u32, min_nodes: u32, max_restarts: u32) -> Self {
+        let mut run = Run::new(2, ranks, min_nodes, max_restarts);
+        run.join("a", 0);
+        let assigned = run.join("b", 1);
+        run.reunite(&assigned, 0);
+        run.step(5);
+        run
+    }
+}
+
+fn places(effects: &[Effect]) -> Vec<Place> {
+    let place = |e: &Effect| if let Effect::Assign { place, .. } = e { Some(place.clone()) } else { None };
+    effects.iter().filter_map(place).collect()
+}
+
+fn place(node: &str, local: u32) -> Place {
+    (node.to_owned(), local)
+}
+
+fn outcome(effects: &[Effect]) -> Option<&Outcome> {
+    effects.iter().find_map(|effect| if let Effect::End(outcome) = effect { Some(outcome) } else { None })
+}
+
+fn change(effects: &[Effect]) -> &Change {
+    effects.iter().find_map(|effect| if let Effect::Regrouped(change) = effect { Some(change) } else { None }).unwrap()
+}
+
+#[test]
+fn ranks_are_dealt_node_by_node_and_meet_at_rank_0s_store() {
+    let mut run = Run::new(2, 2, 2, 0);
+    assert!(places(&run.join("a", 0)).is_empty(), "one node of two");
+    let assigned = run.join("b", 1);
+    assert_eq!(places(&assigned), [place("a", 0), place("a", 1), place("b", 0), place("b", 1)]);
+    assert!(assigned.iter().any(|e| matches!(e, Effect::Assign { rank: 2, nodes, .. } if nodes[..] == [0, 0, 1, 1])));
+    let effects = run.reunite(&assigned, 0);
+    let hosts: Vec<_> = effects
+        .iter()
+        .filter_map(|e| if let Effect::Rendezvous { host, port, .. } = e { Some((host.as_str(), *port)) } else { None })
+        .collect();
+    assert_eq!(hosts, [("at-a", 7); 4]);
+    assert!(effects.contains(&Effect::Started { generation: 1, world: 4, from_commit: None }));
+}
+
+#[test]
+fn a_commit_is_made_once_all_ranks_have_written_and_told_to_all() {
+    let mut run = Run::training(1, 2, 0);
+    let parts = |node: &str| Event::PartsWritten { generation: 1, place: place(node, 0), step: 5 };
+    assert_eq!(run.on(parts("a")), []);
+    assert_eq!(run.on(parts("a")), [], "a repeated report counts once");
+    assert_eq!(run.on(parts("b")), [Effect::WriteCommit { generation: 1, step: 5 }]);
+    let told = run.on(Event::Committed { generation: 1, seq: 9, step: 5 });
+    assert_eq!(told.iter().filter(|e| matches!(e, Effect::TellCommitted { seq: 9, .. })).count(), 2);
+}
+
+#[test]
+fn the_survivors_of_a_killed_rank_go_on_at_once_and_grow_when_it_is_replaced() {
+    let mut run = Run::training(2, 1, 3);
+    let effects = run.exit("b", 0, 0, 137);
+    assert!(effects.contains(&Effect::StartRank { place: place("b", 0), attempt: 1 }));
+    assert_eq!(effects.iter().filter(|e| matches!(e, Effect::Regroup { generation: 1, .. })).count(), 3);
+    run.ready("a", 0, 0);
+    run.ready("a", 1, 0);
+    let assigned = run.ready("b", 1, 0);
+    assert_eq!(places(&assigned), [place("a", 0), place("a", 1), place("b", 1)]);
+    let effects = run.reunite(&assigned, 5);
+    let change = change(&effects);
+    assert!(change.failure && change.reason.contains("137"), "{change:?}");
+    assert_eq!((change.world_before, change.world, change.steps_lost), (4, 3, 0));
+
+    let effects = run.on(Event::RankReady { place: place("b", 0), attempt: 1, generation: 0, broken: None });
+    assert_eq!(effects.iter().filter(|e| matches!(e, Effect::Pause { leaving, .. } if leaving.is_empty())).count(), 3);
+    run.ready("a", 0, 0);
+    run.ready("a", 1, 0);
+    let assigned = run.ready("b", 1, 0);
+    assert_eq!(places(&assigned).len(), 4, "the replacement is in");
+    let effects = run.reunite(&assigned, 6);
+    assert!(!self::change(&effects).failure, "growing costs nothing");
+}
+
+#[test]
+fn a_ring_that_breaks_without_a_loss_counts_and_one_that_breaks_because_of_a_loss_counts_once() {
+    let mut run = Run::training(1, 1, 1);
+    let broken = |node: &str| Event::RankReady {
+        place: place(node, 0),
+        attempt: 0,
+        generation: 1,
+        broken: Some("reset".into()),
+    };
+    run.on(broken("a"));
+    let assigned = run.on(broken("b"));
+    assert_eq!(places(&assigned).len(), 2);
+    let effects = run.reunite(&assigned, 5);
+    assert!(change(&effects).failure && change(&effects).reason.contains("reset"));
+
+    let mut run = Run::training(1, 1, 1);
+    run.on(broken("a"));
+    let assigned = run.exit("b", 0, 0, 139);
+    assert_eq!(places(&assigned), [place("a", 0)]);
+    let effects = run.reunite(&assigned, 5);
+    assert!(change(&effects).reason.contains("139"), "the cause, not the symptom: {effects:?}");
+    assert_eq!(outcome(&run.log), None, "one failure, not two");
+}
+
+#[test]
+fn a_node_told_to_leave_finishes_its_step_goes_and_is_replaced_without_counting() {
+    let mut run = Run::training(2, 1, 0);
+    let effects = run.on(Event::Preempting { node: "a".into(), deadline: Duration::from_secs(10) });
+    let pauses: Vec<_> = effects.iter().filter(|e| matches!(e, Effect::Pause { leaving, commit: false, .. } if leaving[..] == [0, 1])).collect();
+    assert_eq!(pauses.len(), 4, "{effects:?}");
+    for (node, local) in [("a", 0), ("a", 1), ("b", 0)] {
+        run.ready(node, local, 0);
+    }
+    let effects = run.ready("b", 1, 0);
+    assert!(effects.iter().any(|e| matches!(e, Effect::Leave { node, code: 75, .. } if node == "a")));
+    assert_eq!(places(&effects), [place("b", 0), place("b", 1)]);
+    run.reunite(&effects, 6);
+    run.exit("a", 0, 0, 143);
+    let effects = run.on(Event::NodeLost { node: "a".into() });
+    assert!(effects.contains(&Effect::Launch { slot: 0, attempt: 1 }), "{effects:?}");
+    let effects = run.join("c", 0);
+    assert!(effects.iter().any(|e| matches!(e, Effect::Pause { .. })), "the replacement is let in");
+    assert_eq!(outcome(&run.log), None);
+}
+
+#[test]
+fn below_the_minimum_the_state_is_committed_kept_in_memory_and_given_up_only_after_a_wait() {
+    let mut run = Run::training(1, 2, 0);
+    let effects = run.on(Event::Preempting { node: "b".into(), deadline: Duration::from_secs(10) });
+    assert!(effects.iter().any(|e| matches!(e, Effect::Pause { commit: true, .. })));
+    run.ready("a", 0, 0);
+    let effects = run.ready("b", 0, 0);
+    assert!(places(&effects).is_empty() && effects.iter().any(|e| matches!(e, Effect::Note { .. })), "{effects:?}");
+    run.on(Event::NodeLost { node: "b".into() });
+    assert_eq!(run.wait(59), []);
+    let assigned = run.wait(2);
+    assert_eq!(places(&assigned), [place("a", 0)]);
+    let effects = run.reunite(&assigned, 6);
+    assert!(effects.iter().any(|e| matches!(e, Effect::Stop { .. })), "what it holds is committed: {effects:?}");
+    run.on(Event::RankFinished { generation: 2, place: place("a", 0), stopped: true });
+    let effects = run.exit("a", 0, 0, 0);
+    assert!(matches!(outcome(&effects), Some(Outcome::Suspended { reason }) if reason.contains("1 of at least 2")));
+}
+
+#[test]
+fn a_hang_is_cleared_by_ending_the_rank_that_does_not_come_back() {
+    let mut run = Run::training(1, 1, 3);
+    assert_eq!(run.wait(29), []);
+    run.step(6);
+    assert_eq!(run.wait(29), [], "a sign of life");
+    let effects = run.wait(1);
+    assert_eq!(effects.iter().filter(|e| matches!(e, Effect::Regroup { .. })).count(), 2);
+    run.ready("a", 0, 0);
+    let effects = run.wait(1);
+    assert_eq!(effects, [Effect::KillRank { place: place("b", 0), attempt: 0 }]);
+    let effects = run.exit("b", 0, 0, 137);
+    assert_eq!(places(&effects), [place("a", 0)], "the other goes on: {effects:?}");
+}
+
+#[test]
+fn a_node_that_cannot_even_end_its_rank_is_given_up() {
+    let mut run = Run::training(1, 1, 3);
+    run.wait(30);
+    run.ready("a", 0, 0);
+    run.wait(1);
+    let effects = run.wait(3);
+    assert!(effects.contains(&Effect::Discard { slot: 1, attempt: 0 }), "{effects:?}");
+    assert!(effects.contains(&Effect::Launch { slot: 1, attempt: 1 }));
+    assert_eq!(places(&effects), [place("a", 0)]);
+}
+
+#[test]
+fn the_restart_budget_ends_and_the_users_mistakes_are_not_tried_again() {
+    let mut run = Run::training(1, 1, 0);
+    run.exit("a", 0, 0, 1);
+    let effects = run.exit("b", 0, 0, 143);
+    assert!(matches!(outcome(&effects), Some(Outcome::Failed { code: 1, .. })), "{effects:?}");
+
+    let mut run = Run::training(1, 1, 9);
+    run.on(Event::RankFailed { place: place("a", 0), attempt: 0, message: "no such key".into(), code: 78 });
+    run.exit("a", 0, 0, 78);
+    let effects = run.exit("b", 0, 0, 143);
+    assert!(
+        matches!(outcome(&effects), Some(Outcome::Failed { code: 78, message }) if message.contains("no such key"))
+    );
+}
+
+#[test]
+fn a_stop_asks_every_rank_and_the_run_is_suspended_when_they_have_committed_and_gone() {
+    let mut run = Run::training(1, 1, 0);
+    let effects = run.on(Event::StopRequested);
+    assert_eq!(effects.iter().filter(|e| matches!(e, Effect::Stop { .. })).count(), 2);
+    run.on(Event::RankFinished { generation: 1, place: place("a", 0), stopped: true });
+    run.on(Event::RankFinished { generation: 1, place: place("b", 0), stopped: true });
+    run.exit("a", 0, 0, 0);
+    let effects = run.exit("b", 0, 0, 0);
+    assert!(matches!(outcome(&effects), Some(Outcome::Suspended { .. })), "{effects:?}");
+    assert!(effects.iter().any(|e| matches!(e, Effect::Leave { .. })));
+}
+
+#[test]
+fn nodes_that_do_not_come_fail_the_run_with_the_count() {
+    let mut run = Run::new(2, 1, 2, 0);
+    run.join("a", 0);
+    run.wait(61);
+    let effects = run.exit("a", 0, 0, 137);
+    assert!(
+        matches!(outcome(&effects), Some(Outcome::Failed { message, .. }) if message.contains("1 of at least 2")),
+        "{effects:?}"
+    );
+}
+
+#[test]
+fn what_an_earlier_process_or_generation_says_changes_nothing() {
+    let mut run = Run::training(1, 1, 9);
+    run.exit("b", 0, 0, 137);
+    let assigned = run.ready("a", 0, 0);
+    run.reunite(&assigned, 5);
+    assert_eq!(run.exit("b", 0, 0, 137), [], "told twice");
+    assert_eq!(run.on(Event::PartsWritten { generation: 1, place: place("b", 0), step: 5 }), []);
+    assert_eq!(run.on(Event::Progress { generation: 1, step: 99 }), []);
+    let effects = run.on(Event::NodeJoined { node: "b2".into(), slot: 1, address: "x".into() });
+    assert!(matches!(&effects[..], [Effect::Leave { node, .. }] if node == "b2"), "its slot is filled: {effects:?}");
+}

@@ -7,6 +7,8 @@
 //! ```
 //! Ranks keep their state in memory from one generation to the next. A loss breaks the generation off (hard), a drain or a node that
 //! joins lets it finish its step (soft); whoever is back then forms the next one.
+//!
+//! A new coordinator begins by listening (`Finding`): ranks that train already come to it, and are taken over as they are.
 
 mod event;
 #[cfg(test)]
@@ -29,6 +31,10 @@ const JOIN_TOGETHER: Duration = Duration::from_secs(3);
 const BREAK_OFF: Duration = Duration::from_secs(10);
 /// The same after a silence: whoever can has come to a collective long ago.
 const BREAK_OFF_SILENT: Duration = Duration::from_secs(1);
+/// Ranks find a new coordinator within so much of one another.
+const HEARTBEATS: Duration = Duration::from_secs(3);
+/// Time for ranks of an earlier coordinator to come to this one.
+const FIND: Duration = Duration::from_secs(5);
 /// Time for an ended rank to be reported as ended, beyond which its node is given up.
 const REPORT: Duration = Duration::from_secs(3);
 
@@ -45,6 +51,7 @@ struct Node {
 struct Slot {
     attempt: u32,
     node: Option<String>,
+    launched: bool,
 }
 
 #[derive(Debug)]
@@ -67,6 +74,7 @@ enum RankState {
 
 #[derive(Debug)]
 enum State {
+    Finding { until: Instant, found: BTreeMap<Place, Membership> },
     Gathering { since: Instant },
     Forming { heard: Instant, members: Members },
     Training { heard: Instant, members: Members },
@@ -85,6 +93,14 @@ struct Members {
     parts: BTreeMap<u64, BTreeSet<Place>>,
     from_commit: Option<u64>,
     step: u64,
+}
+
+/// What a rank says of its generation.
+#[derive(Clone, Copy, Debug)]
+struct Membership {
+    generation: u64,
+    rank: u32,
+    world: u32,
 }
 
 /// A membership change under way.
@@ -121,13 +137,23 @@ impl Machine {
     /// A run whose last generation was `generation` (0 for a new one), and the first effects: its nodes.
     #[must_use]
     pub fn start(settings: Settings, generation: u64, now: Instant) -> (Self, Vec<Effect>) {
-        let slots: BTreeMap<u32, Slot> =
-            (0..settings.nodes).map(|slot| (slot, Slot { attempt: 0, node: None })).collect();
-        let launch = slots.keys().map(|&slot| Effect::Launch { slot, attempt: 0 }).collect();
-        let machine = Machine {
+        let mut machine = Self::new(settings, generation, State::Gathering { since: now });
+        let mut launch = Vec::new();
+        machine.launch_missing(&mut launch);
+        (machine, launch)
+    }
+
+    /// A run that another coordinator may have left training: its nodes are waited for before any is started.
+    #[must_use]
+    pub fn take_over(settings: Settings, generation: u64, now: Instant) -> Self {
+        Self::new(settings, generation, State::Finding { until: now + FIND, found: BTreeMap::new() })
+    }
+
+    fn new(settings: Settings, generation: u64, state: State) -> Self {
+        Machine {
+            slots: (0..settings.nodes).map(|slot| (slot, Slot { attempt: 0, node: None, launched: false })).collect(),
             settings,
-            state: State::Gathering { since: now },
-            slots,
+            state,
             nodes: BTreeMap::new(),
             ranks: BTreeMap::new(),
             joins: 0,
@@ -137,8 +163,14 @@ impl Machine {
             stop: None,
             episode: None,
             newcomers: None,
-        };
-        (machine, launch)
+        }
+    }
+
+    fn launch_missing(&mut self, effects: &mut Vec<Effect>) {
+        for (&slot, place) in self.slots.iter_mut().filter(|(_, place)| place.node.is_none() && !place.launched) {
+            place.launched = true;
+            effects.push(Effect::Launch { slot, attempt: place.attempt });
+        }
     }
 
     /// The current generation.
@@ -158,7 +190,12 @@ impl Machine {
         let mut effects = Vec::new();
         let current = self.generation;
         match event {
-            Event::NodeJoined { node, slot, address } => self.node_joined(node, slot, address, &mut effects),
+            Event::NodeJoined { node, slot, address, ranks } => {
+                self.node_joined(node, slot, address, &ranks, &mut effects);
+            }
+            Event::RankReturned { place, attempt, generation, rank, world } => {
+                self.rank_returned(now, place, attempt, Membership { generation, rank, world }, &mut effects);
+            }
             Event::NodeLost { node } => self.node_lost(now, &node, &mut effects),
             Event::LaunchEnded { slot, attempt, code } => self.launch_ended(now, slot, attempt, code, &mut effects),
             Event::Preempting { node, .. } => self.preempting(now, &node, &mut effects),
@@ -247,7 +284,18 @@ impl Machine {
         matches!(self.state, State::Ending { .. } | State::Ended)
     }
 
-    fn node_joined(&mut self, node: String, slot: u32, address: String, effects: &mut Vec<Effect>) {
+    fn node_joined(
+        &mut self,
+        node: String,
+        slot: u32,
+        address: String,
+        running: &[(u32, u32)],
+        effects: &mut Vec<Effect>,
+    ) {
+        if self.nodes.get(&node).is_some_and(|known| known.slot == slot) {
+            // Its line broke and is mended: what it had is as it was.
+            return;
+        }
         let known = self.slots.get_mut(&slot).filter(|slot| slot.node.is_none() && !self.nodes.contains_key(&node));
         let Some(place) = known else {
             let reason = format!("slot {slot} of this run is filled by another node");
@@ -255,11 +303,79 @@ impl Machine {
             return;
         };
         place.node = Some(node.clone());
+        // The next attempt must not have the name of one that lives.
+        let attempt = node.rsplit_once('-').and_then(|(_, attempt)| attempt.parse().ok());
+        place.attempt = place.attempt.max(attempt.unwrap_or(0));
         self.joins += 1;
         self.nodes.insert(node.clone(), Node { address, slot, order: self.joins, leaving: false });
         for local in 0..self.settings.ranks_per_node {
-            self.start_rank((node.clone(), local), 0, effects);
+            let place = (node.clone(), local);
+            match running.iter().find(|(number, _)| *number == local) {
+                Some(&(_, attempt)) => {
+                    let rank = Rank { attempt, state: RankState::Starting, killed: false, failure: None };
+                    self.ranks.insert(place, rank);
+                }
+                None => self.start_rank(place, 0, effects),
+            }
         }
+    }
+
+    fn rank_returned(
+        &mut self,
+        now: Instant,
+        place: Place,
+        attempt: u32,
+        member: Membership,
+        effects: &mut Vec<Effect>,
+    ) {
+        let reason = "another coordinator came, and this generation is not whole";
+        let Some(rank) = self.ranks.get_mut(&place).filter(|rank| rank.attempt == attempt) else { return };
+        if rank.state == RankState::Member && member.generation == self.generation {
+            // Its line broke and is mended.
+            return;
+        }
+        rank.state = RankState::Member;
+        if let State::Finding { found, until } = &mut self.state {
+            found.insert(place, member);
+            *until = (*until).max(now + HEARTBEATS);
+            return;
+        }
+        // Too late to be taken over as a whole.
+        effects.push(Effect::Regroup { place, generation: member.generation, reason: reason.into() });
+    }
+
+    /// Takes over what was found training, once it is whole or has been waited for.
+    fn find(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let State::Finding { until, found } = &mut self.state else { return };
+        let newest = found.values().map(|member| member.generation).max();
+        let Some(generation) = newest else {
+            if now >= *until {
+                self.state = State::Gathering { since: now };
+                self.launch_missing(effects);
+            }
+            return;
+        };
+        let mut places: Vec<(u32, Place)> = found
+            .iter()
+            .filter(|(_, member)| member.generation == generation)
+            .map(|(place, member)| (member.rank, place.clone()))
+            .collect();
+        places.sort_unstable();
+        let world = found.values().filter(|m| m.generation == generation).map(|m| m.world).max().unwrap_or(0);
+        let whole = places.len() as u32 == world;
+        if !whole && now < *until {
+            return;
+        }
+        let places = places.into_iter().map(|(_, place)| place).collect();
+        self.generation = self.generation.max(generation);
+        let members = Members { places, ..Members::default() };
+        self.state = State::Training { heard: now, members };
+        effects.push(Effect::Found { generation, world });
+        if !whole || self.generation != generation {
+            let reason = "the coordinator was lost, and ranks with it".to_owned();
+            self.break_off(now, reason, Some(true), BREAK_OFF, effects);
+        }
+        self.launch_missing(effects);
     }
 
     fn start_rank(&mut self, place: Place, attempt: u32, effects: &mut Vec<Effect>) {
@@ -278,15 +394,18 @@ impl Machine {
             return;
         }
         let reason = if node.leaving { format!("node {name} was preempted") } else { format!("node {name} was lost") };
-        self.relaunch(node.slot, effects);
         self.lost(now, reason, !node.leaving, member, effects);
+        self.relaunch(node.slot, effects);
     }
 
     /// Fills a slot anew, and makes sure that whatever filled it before is gone.
     fn relaunch(&mut self, slot: u32, effects: &mut Vec<Effect>) {
+        if self.over() {
+            return;
+        }
         if let Some(place) = self.slots.get_mut(&slot) {
             effects.push(Effect::Discard { slot, attempt: place.attempt });
-            *place = Slot { attempt: place.attempt + 1, node: None };
+            *place = Slot { attempt: place.attempt + 1, node: None, launched: true };
             effects.push(Effect::Launch { slot, attempt: place.attempt });
         }
     }
@@ -302,9 +421,9 @@ impl Machine {
             }
             None if self.over() => {}
             None => {
-                self.relaunch(slot, effects);
                 let reason = format!("a node for slot {slot} ended with code {code} before it joined");
                 self.lost(now, reason, code != YIELDED, false, effects);
+                self.relaunch(slot, effects);
             }
         }
     }
@@ -341,6 +460,9 @@ impl Machine {
             format!("rank {local} of node {node} ended with code {code}{words}")
         });
         self.ranks.remove(place);
+        if let State::Finding { found, .. } = &mut self.state {
+            found.remove(place);
+        }
         let finished = self.members().is_some_and(|members| members.finished.contains(place));
         if finished || self.over() {
             return;
@@ -350,10 +472,10 @@ impl Machine {
             return;
         }
         let leaving = self.nodes.get(node).is_none_or(|node| node.leaving);
-        if !leaving {
+        self.lost(now, reason, !killed && !leaving, member, effects);
+        if !leaving && !self.over() {
             self.start_rank(place.clone(), attempt + 1, effects);
         }
-        self.lost(now, reason, !killed && !leaving, member, effects);
     }
 
     /// Something is gone. Where it was part of the generation, that one breaks off.
@@ -534,6 +656,7 @@ impl Machine {
     /// What follows from time and state alone.
     fn advance(&mut self, now: Instant, effects: &mut Vec<Effect>) {
         match &mut self.state {
+            State::Finding { .. } => self.find(now, effects),
             State::Gathering { since } => {
                 let since = *since;
                 self.gather(now, since, effects);
@@ -739,8 +862,11 @@ impl Machine {
         if let State::Pausing { until, .. } = &mut self.state {
             *until = now + REPORT;
         }
-        for node in nodes {
-            self.node_lost(now, &node, effects);
+        for node in &nodes {
+            self.node_lost(now, node, effects);
+        }
+        if !nodes.is_empty() {
+            self.advance(now, effects);
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -12,13 +13,14 @@ use sgcl_proto::v1::{
     self, NodeEvent, NodeOrder, RankEvent, RankOrder, node_event, node_order, rank_event, rank_order,
 };
 use sgcl_runstore::commit::Progress;
-use sgcl_runstore::status::{EventKind, Events};
+use sgcl_runstore::status::{EventKind, Events, Phase, RunStatus};
 use sgcl_runstore::{Commit, Commits, PartKind, PartRef, RunStoreError, Spec};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::launcher::{Ended, Launcher};
@@ -48,10 +50,18 @@ pub struct Coordinator<L> {
     pub kill: CancellationToken,
 }
 
+/// A stream's way back, and its number: a node whose line broke comes with a new one, maybe before the old one's end is noticed.
+struct Line<T> {
+    number: u64,
+    orders: mpsc::UnboundedSender<Result<T, Status>>,
+}
+
 /// What the streams tell the one task that owns the state.
 enum Input {
     Event(Event),
-    Node(String, mpsc::UnboundedSender<Result<NodeOrder, Status>>),
+    Node(String, Line<NodeOrder>),
+    /// The end of a node's stream, which may be an old one.
+    NodeGone(String, u64),
     Rank(Place, mpsc::UnboundedSender<Result<RankOrder, Status>>),
     Progress(Place, v1::Progress),
     Parts { generation: u64, place: Place, parts: v1::PartsWritten },
@@ -68,24 +78,24 @@ impl<L: Launcher> Coordinator<L> {
     pub async fn serve(self, listener: TcpListener) -> Result<Outcome> {
         let address = listener.local_addr().context("the coordinator's listener has no address")?;
         let (inputs, received) = mpsc::channel(1024);
-        let service = Streams { inputs: inputs.clone(), run: self.spec.run.to_string() };
+        let service = Streams { inputs: inputs.clone(), run: self.spec.run.to_string(), lines: AtomicU64::new(0) };
         let service = CoordinatorServer::new(service)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES);
         let ended = CancellationToken::new();
         let over = ended.clone();
-        let server = tokio::spawn(
+        // Ends with this coordinator, however that ends.
+        let _server = AbortOnDropHandle::new(tokio::spawn(
             tonic::transport::Server::builder()
                 .http2_keepalive_interval(Some(HEARTBEAT))
                 .http2_keepalive_timeout(Some(HEARTBEAT))
                 .add_service(service)
                 .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move { over.cancelled().await }),
-        );
+        ));
         let outcome = self.own(address, inputs, received).await;
         // Streams are still open where a node has not left yet: give them a moment, then close.
         tokio::time::sleep(Duration::from_millis(300)).await;
         ended.cancel();
-        server.abort();
         outcome
     }
 
@@ -105,7 +115,13 @@ impl<L: Launcher> Coordinator<L> {
             startup_timeout: Duration::from_secs(self.spec.config.startup_timeout_s),
             step_timeout: Duration::from_secs(self.spec.config.step_timeout_s),
         };
-        let (machine, effects) = Machine::start(settings, generation, Instant::now());
+        // Whoever coordinated before may have left ranks training.
+        let left = RunStatus::read(&self.run).await?.phase == Phase::Running;
+        let (machine, effects) = if left {
+            (Machine::take_over(settings, generation, Instant::now()), Vec::new())
+        } else {
+            Machine::start(settings, generation, Instant::now())
+        };
         let (ended, mut ends) = mpsc::unbounded_channel();
         let mut desk = Desk {
             machine,
@@ -158,10 +174,10 @@ struct Desk<'a, L> {
     owner: &'a Coordinator<L>,
     machine: Machine,
     commit: Option<Commit>,
-    nodes: BTreeMap<String, mpsc::UnboundedSender<Result<NodeOrder, Status>>>,
+    nodes: BTreeMap<String, Line<NodeOrder>>,
     ranks: BTreeMap<Place, mpsc::UnboundedSender<Result<RankOrder, Status>>>,
     /// Parts of checkpoints under way, by generation and step.
-    parts: BTreeMap<(u64, u64), Vec<v1::PartsWritten>>,
+    parts: BTreeMap<(u64, u64), BTreeMap<Place, v1::PartsWritten>>,
     /// A commit is being written: what is newest is not known before it ends.
     writing: bool,
     /// Who waits to hear which commit is newest.
@@ -176,8 +192,15 @@ impl<L: Launcher> Desk<'_, L> {
     fn take(&mut self, input: Input) -> Option<Event> {
         match input {
             Input::Event(event) => Some(event),
-            Input::Node(node, orders) => {
-                self.nodes.insert(node, orders);
+            Input::NodeGone(node, number) => {
+                self.nodes.get(&node).filter(|line| line.number == number)?;
+                self.nodes.remove(&node);
+                let nodes = self.nodes.len() as u32;
+                self.owner.view.send_modify(|view| view.nodes = nodes);
+                Some(Event::NodeLost { node })
+            }
+            Input::Node(node, line) => {
+                self.nodes.insert(node, line);
                 let nodes = self.nodes.len() as u32;
                 self.owner.view.send_modify(|view| view.nodes = nodes);
                 None
@@ -212,7 +235,7 @@ impl<L: Launcher> Desk<'_, L> {
                     return None;
                 }
                 let step = parts.step;
-                self.parts.entry((generation, step)).or_default().push(parts);
+                self.parts.entry((generation, step)).or_default().insert(place.clone(), parts);
                 Some(Event::PartsWritten { generation, place, step })
             }
             Input::AskCommit(place) => {
@@ -303,6 +326,13 @@ impl<L: Launcher> Desk<'_, L> {
                     });
                     self.owner.record(EventKind::Started { world, from_commit }).await?;
                 }
+                Effect::Found { generation, world } => {
+                    tracing::info!(generation, world, "took over a generation that trains");
+                    self.owner.view.send_modify(|view| {
+                        view.generation = generation;
+                        view.ranks = world;
+                    });
+                }
                 Effect::Regrouped(change) => self.regrouped(change).await?,
                 Effect::Note { message } => {
                     tracing::warn!("{message}");
@@ -345,8 +375,8 @@ impl<L: Launcher> Desk<'_, L> {
 
     /// Sends to a node. One that is gone will be noticed by its stream's end.
     fn order(&self, node: &str, order: node_order::Order) {
-        if let Some(orders) = self.nodes.get(node) {
-            let _ = orders.send(Ok(NodeOrder { order: Some(order) }));
+        if let Some(line) = self.nodes.get(node) {
+            let _ = line.orders.send(Ok(NodeOrder { order: Some(order) }));
         }
     }
 
@@ -367,7 +397,7 @@ impl<L: Launcher> Desk<'_, L> {
         self.writing = true;
         tokio::spawn(async move {
             let result = async {
-                let progress = assemble(written)?;
+                let progress = assemble(written.into_values().collect())?;
                 let commit = Commit::after(parent.as_ref(), progress, jiff::Timestamp::now());
                 let commits = Commits::new(&run);
                 append(&commits, &commit).await?;
@@ -427,6 +457,8 @@ fn assemble(written: Vec<v1::PartsWritten>) -> Result<Progress> {
 struct Streams {
     inputs: mpsc::Sender<Input>,
     run: String,
+    /// Streams so far.
+    lines: AtomicU64,
 }
 
 impl Streams {
@@ -456,14 +488,17 @@ impl Service for Streams {
             Some(node_event::Event::Hello(hello)) => Some(&hello.run),
             _ => None,
         })?;
-        let Some(node_event::Event::Hello(v1::NodeHello { node, address, slot, .. })) = first.event else {
+        let Some(node_event::Event::Hello(v1::NodeHello { node, address, slot, ranks, .. })) = first.event else {
             return Err(Status::invalid_argument("the first message must be a hello"));
         };
         let (orders, out) = mpsc::unbounded_channel();
         let inputs = self.inputs.clone();
+        let number = self.lines.fetch_add(1, Ordering::Relaxed);
+        let line = Line { number, orders };
         tokio::spawn(async move {
-            let joined = Event::NodeJoined { node: node.clone(), slot, address };
-            let mut known = Self::send(&inputs, Input::Node(node.clone(), orders)).await
+            let ranks = ranks.into_iter().map(|rank| (rank.local_rank, rank.attempt)).collect();
+            let joined = Event::NodeJoined { node: node.clone(), slot, address, ranks };
+            let mut known = Self::send(&inputs, Input::Node(node.clone(), line)).await
                 && Self::send(&inputs, Input::Event(joined)).await;
             while let (true, Ok(Some(message))) = (known, events.message().await) {
                 let event = match message.event {
@@ -481,7 +516,7 @@ impl Service for Streams {
                 };
                 known = Self::send(&inputs, Input::Event(event)).await;
             }
-            Self::send(&inputs, Input::Event(Event::NodeLost { node })).await;
+            Self::send(&inputs, Input::NodeGone(node, number)).await;
         });
         Ok(Response::new(UnboundedReceiverStream::new(out)))
     }
@@ -492,7 +527,7 @@ impl Service for Streams {
             Some(rank_event::Event::Hello(hello)) => Some(&hello.run),
             _ => None,
         })?;
-        let Some(rank_event::Event::Hello(v1::RankHello { node, local_rank, attempt, .. })) = first.event else {
+        let Some(rank_event::Event::Hello(v1::RankHello { node, local_rank, attempt, member, .. })) = first.event else {
             return Err(Status::invalid_argument("the first message must be a hello"));
         };
         let (orders, out) = mpsc::unbounded_channel();
@@ -501,6 +536,13 @@ impl Service for Streams {
             let place = (node, local_rank);
             if !Self::send(&inputs, Input::Rank(place.clone(), orders)).await {
                 return;
+            }
+            if let Some(v1::Membership { generation, rank, nodes }) = member {
+                let (place, world) = (place.clone(), u32::try_from(nodes.len()).unwrap_or(u32::MAX));
+                let returned = Event::RankReturned { place, attempt, generation, rank, world };
+                if !Self::send(&inputs, Input::Event(returned)).await {
+                    return;
+                }
             }
             // A stream that ends says nothing: the supervisor reports how the process ended.
             while let Ok(Some(RankEvent { generation, event: Some(event) })) = events.message().await {

@@ -59,6 +59,7 @@ pub(crate) fn main(runtime: &Handle, args: &RankArgs) -> ExitCode {
         node: args.node.clone(),
         local_rank: args.local_rank,
         attempt: args.attempt,
+        member: None,
     };
     let (mut session, welcome) = match Session::open(runtime, &args.coordinator, hello) {
         Ok(open) => open,

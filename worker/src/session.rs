@@ -1,7 +1,7 @@
 //! A rank's line to the coordinator. The stream lives on tokio; training is a plain thread and uses the blocking calls here.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use sgcl_c10d::ProcessGroup;
@@ -12,10 +12,15 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::transport::{Channel, Endpoint};
+use tonic::{Code, Status};
 
 /// Silence after which a connection counts as broken: twice this.
 const HEARTBEAT: Duration = Duration::from_millis(1500);
 
+/// Time between two tries to reach a coordinator.
+pub(crate) const AGAIN: Duration = Duration::from_millis(250);
+/// Longest time without one.
+pub(crate) const GIVE_UP: Duration = Duration::from_secs(600);
 /// Time between two looks at what is waited for.
 const WAIT: Duration = Duration::from_millis(2);
 
@@ -47,8 +52,12 @@ pub(crate) struct Wishes {
 struct Shared {
     generation: u64,
     wishes: Wishes,
+    /// What a new coordinator is told.
+    member: Option<v1::Membership>,
     /// The newest generation that was broken off, and why. The order may come before the assignment is looked at.
     broken: Option<(u64, String)>,
+    /// Whether the present line ever brought anything.
+    heard: bool,
     /// Step and number of the newest commit of this generation.
     committed: Option<(u64, u64)>,
     /// Aborted when the generation breaks off: whoever waits for a peer gets an error.
@@ -60,6 +69,109 @@ impl Shared {
         match &self.broken {
             Some((generation, reason)) if *generation == self.generation => Err(BrokenOff(reason.clone())),
             _ => Ok(()),
+        }
+    }
+}
+
+/// The stream behind a session. When it breaks, or the coordinator is replaced, it is made anew: training needs no coordinator, and
+/// goes on meanwhile.
+struct Line {
+    channel: Channel,
+    hello: v1::RankHello,
+    shared: Arc<Mutex<Shared>>,
+    inbox: mpsc::UnboundedSender<rank_order::Order>,
+    out: mpsc::UnboundedReceiver<RankEvent>,
+    /// What a coordinator must have heard, however often it is replaced: of the newest generation.
+    kept: Vec<RankEvent>,
+}
+
+impl Line {
+    async fn hold(mut self) {
+        let mut silent = Instant::now();
+        loop {
+            match self.speak().await {
+                // Our side is closed: nothing is left to say.
+                Ok(()) => return,
+                Err(status) => {
+                    let refused = matches!(status.code(), Code::PermissionDenied | Code::InvalidArgument);
+                    let heard = std::mem::take(&mut lock(&self.shared).heard);
+                    silent = if heard { Instant::now() } else { silent };
+                    if refused || silent.elapsed() > GIVE_UP {
+                        tracing::error!(%status, "no line to the coordinator");
+                        return;
+                    }
+                    if heard {
+                        tracing::warn!(%status, "the line to the coordinator broke; training goes on, and it is made anew");
+                    }
+                }
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    /// One stream, until it breaks or our side is closed.
+    async fn speak(&mut self) -> Result<(), Status> {
+        let (events, out) = mpsc::unbounded_channel();
+        let member = lock(&self.shared).member.clone();
+        let hello = rank_event::Event::Hello(v1::RankHello { member, ..self.hello.clone() });
+        let said = |event| events.send(event).map_err(|_| Status::aborted("the stream is closed"));
+        said(RankEvent { generation: 0, event: Some(hello) })?;
+        for event in &self.kept {
+            said(event.clone())?;
+        }
+        let mut client = CoordinatorClient::new(self.channel.clone())
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let mut stream = client.rank(UnboundedReceiverStream::new(out)).await?.into_inner();
+        loop {
+            tokio::select! {
+                message = stream.message() => {
+                    let message = message?.ok_or_else(|| Status::unavailable("the coordinator closed the line"))?;
+                    lock(&self.shared).heard = true;
+                    self.order(message.order);
+                }
+                event = self.out.recv() => {
+                    let Some(event) = event else {
+                        // Closing our side lets the last messages leave in good order.
+                        drop(events);
+                        while let Ok(Some(_)) = stream.message().await {}
+                        return Ok(());
+                    };
+                    self.keep(&event);
+                    said(event)?;
+                }
+            }
+        }
+    }
+
+    fn order(&mut self, order: Option<rank_order::Order>) {
+        match order {
+            Some(rank_order::Order::Stop(_)) => lock(&self.shared).wishes.stop = true,
+            Some(rank_order::Order::Pause(pause)) => {
+                let mut shared = lock(&self.shared);
+                if pause.generation == shared.generation {
+                    shared.wishes.pause = Some(pause);
+                }
+            }
+            Some(rank_order::Order::Regroup(regroup)) => break_off(&self.shared, regroup),
+            Some(rank_order::Order::Committed(commit)) => {
+                lock(&self.shared).committed = Some((commit.step, commit.seq));
+                self.kept.retain(|kept| !matches!(kept.event, Some(rank_event::Event::Parts(_))));
+            }
+            // Nobody waits any more where the rank is at its end.
+            Some(order) => drop(self.inbox.send(order)),
+            None => {}
+        }
+    }
+
+    /// Notes what has to be said again on a new line.
+    fn keep(&mut self, event: &RankEvent) {
+        self.kept.retain(|kept| kept.generation == event.generation);
+        match &event.event {
+            // Ready for another generation: the last one is over.
+            Some(rank_event::Event::Ready(_)) => self.kept = vec![event.clone()],
+            Some(rank_event::Event::Progress(_) | rank_event::Event::Hello(_)) | None => {}
+            Some(_) => self.kept.push(event.clone()),
         }
     }
 }
@@ -79,45 +191,14 @@ impl Session {
     /// # Errors
     /// The coordinator cannot be reached, or refuses.
     pub(crate) fn open(runtime: &Handle, coordinator: &str, hello: v1::RankHello) -> Result<(Self, v1::Welcome)> {
+        // The channel's own task needs a runtime around it.
+        let _inside = runtime.enter();
         let (events, out) = mpsc::unbounded_channel();
         let (inbox, orders) = mpsc::unbounded_channel();
         let shared = Arc::new(Mutex::new(Shared::default()));
-        let mut session =
-            Self { runtime: runtime.clone(), events, orders, shared: Arc::clone(&shared), generation: 0 };
-        session.send(rank_event::Event::Hello(hello));
-        let mut stream = runtime.block_on(async {
-            let mut client = CoordinatorClient::new(channel(coordinator)?)
-                .max_decoding_message_size(MAX_MESSAGE_BYTES)
-                .max_encoding_message_size(MAX_MESSAGE_BYTES);
-            let stream = client
-                .rank(UnboundedReceiverStream::new(out))
-                .await
-                .with_context(|| format!("the coordinator at {coordinator} cannot be reached, or refused"))?;
-            anyhow::Ok(stream.into_inner())
-        })?;
-        runtime.spawn(async move {
-            while let Ok(Some(message)) = stream.message().await {
-                match message.order {
-                    Some(rank_order::Order::Stop(_)) => lock(&shared).wishes.stop = true,
-                    Some(rank_order::Order::Pause(pause)) => {
-                        let mut shared = lock(&shared);
-                        if pause.generation == shared.generation {
-                            shared.wishes.pause = Some(pause);
-                        }
-                    }
-                    Some(rank_order::Order::Regroup(regroup)) => break_off(&shared, regroup),
-                    Some(rank_order::Order::Committed(commit)) => {
-                        lock(&shared).committed = Some((commit.step, commit.seq));
-                    }
-                    Some(order) => {
-                        if inbox.send(order).is_err() {
-                            return;
-                        }
-                    }
-                    None => {}
-                }
-            }
-        });
+        let mut session = Self { runtime: runtime.clone(), events, orders, shared: Arc::clone(&shared), generation: 0 };
+        let line = Line { channel: channel(coordinator)?, hello, shared, inbox, out, kept: Vec::new() };
+        runtime.spawn(line.hold());
         match session.next()? {
             rank_order::Order::Welcome(welcome) => Ok((session, welcome)),
             other => bail!("expected a welcome, got {other:?}"),
@@ -129,7 +210,11 @@ impl Session {
     /// # Errors
     /// The coordinator went away.
     pub(crate) fn assignment(&mut self, step: Option<u64>, broken: Option<String>) -> Result<v1::Assignment> {
-        lock(&self.shared).group = None;
+        {
+            let mut shared = lock(&self.shared);
+            shared.group = None;
+            shared.member = None;
+        }
         self.send(rank_event::Event::Ready(v1::Ready { step, broken: broken.unwrap_or_default() }));
         loop {
             match self.next()? {
@@ -137,6 +222,8 @@ impl Session {
                     self.generation = assignment.generation;
                     let mut shared = lock(&self.shared);
                     shared.generation = assignment.generation;
+                    let v1::Assignment { generation, rank, nodes } = assignment.clone();
+                    shared.member = Some(v1::Membership { generation, rank, nodes });
                     shared.wishes.pause = None;
                     shared.committed = None;
                     return Ok(assignment);

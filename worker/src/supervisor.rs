@@ -12,14 +12,16 @@ use sgcl_proto::v1::coordinator_client::CoordinatorClient;
 use sgcl_proto::v1::{self, NodeEvent, node_event, node_order};
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::transport::Channel;
+use tonic::{Code, Status};
 
-use crate::session::channel;
+use crate::session::{AGAIN, GIVE_UP, channel};
 
 /// Time from a node's SIGTERM to its end: some clouds give 15 s.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -75,68 +77,125 @@ pub(crate) async fn main(args: &NodeArgs) -> Result<ExitCode> {
     if args.die_with_parent {
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("cannot ask to end with the parent")?;
     }
-    let (events, out) = mpsc::unbounded_channel();
-    let tell = |event| {
-        // A stream that broke shows below, where orders are read.
-        let _ = events.send(NodeEvent { event: Some(event) });
-    };
-    tell(node_event::Event::Hello(v1::NodeHello {
-        run: args.run.clone(),
-        node: args.node.clone(),
-        address: args.address.clone(),
-        devices: args.ranks,
-        version: env!("CARGO_PKG_VERSION").into(),
-        slot: args.slot,
-    }));
-    let mut client = CoordinatorClient::new(channel(&args.coordinator)?);
-    let stream = client
-        .join(UnboundedReceiverStream::new(out))
-        .await
-        .with_context(|| format!("the coordinator at {} cannot be reached, or refused this node", args.coordinator))?;
-    let mut orders = stream.into_inner();
+    let channel = channel(&args.coordinator)?;
     let mut terminate = signal(SignalKind::terminate())?;
-    let mut ranks = JoinSet::new();
-    // Cancelled to kill; by place and attempt.
-    let mut alive: BTreeMap<(u32, u32), CancellationToken> = BTreeMap::new();
-    let mut deadline = None;
+    let mut node = Node { args, ranks: JoinSet::new(), alive: BTreeMap::new(), unsaid: Vec::new(), deadline: None };
+    let mut silent = Instant::now();
     let code = loop {
-        tokio::select! {
-            order = orders.message() => match order.context("the line to the coordinator broke")?.and_then(|o| o.order) {
-                Some(node_order::Order::Start(v1::StartRank { local_rank, attempt })) => {
-                    let child = spawn(args, local_rank, attempt)?;
-                    let kill = CancellationToken::new();
-                    alive.insert((local_rank, attempt), kill.clone());
-                    ranks.spawn(watch(child, kill, local_rank, attempt));
-                }
-                Some(node_order::Order::Kill(v1::KillRank { local_rank, attempt })) => {
-                    alive.get(&(local_rank, attempt)).into_iter().for_each(CancellationToken::cancel);
-                }
-                Some(node_order::Order::Leave(leave)) => {
-                    tracing::info!(reason = leave.reason, "leaving");
-                    break u8::try_from(leave.exit_code).unwrap_or(exit::INTERNAL);
-                }
-                None => return Err(anyhow!("the coordinator closed the line")),
-            },
-            Some(ended) = ranks.join_next() => {
-                let ended = ended.context("the watch over a rank failed")?;
-                alive.remove(&(ended.local_rank, ended.attempt));
-                tell(node_event::Event::Exited(report(ended)));
+        let mut heard = false;
+        match node.speak(channel.clone(), &mut terminate, &mut heard).await {
+            Ok(code) => break code,
+            Err(status) if matches!(status.code(), Code::PermissionDenied | Code::InvalidArgument) => {
+                return Err(anyhow!("the coordinator at {} refused this node: {}", args.coordinator, status.message()));
             }
-            _ = terminate.recv(), if deadline.is_none() => {
-                tracing::info!("told to leave");
-                deadline = Some(Instant::now() + DEADLINE - MARGIN);
-                let deadline_s = u32::try_from(DEADLINE.as_secs()).unwrap_or(u32::MAX);
-                tell(node_event::Event::Preempting(v1::Preempting { deadline_s }));
-            }
-            () = tokio::time::sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
-                tracing::warn!("the coordinator did not let this node go in time");
-                break exit::YIELDED;
+            Err(status) => {
+                silent = if heard { Instant::now() } else { silent };
+                if silent.elapsed() > GIVE_UP {
+                    return Err(anyhow!("no coordinator answers at {}: {}", args.coordinator, status.message()));
+                }
+                if heard {
+                    tracing::warn!(%status, "the line to the coordinator broke; ranks go on, and it is made anew");
+                }
             }
         }
+        tokio::time::sleep(AGAIN).await;
     };
-    alive.values().for_each(CancellationToken::cancel);
-    while ranks.join_next().await.is_some() {}
+    node.alive.values().for_each(CancellationToken::cancel);
+    while node.ranks.join_next().await.is_some() {}
     Ok(ExitCode::from(code))
+}
+
+/// A node: its rank processes, and what the coordinator has yet to hear of them.
+struct Node<'a> {
+    args: &'a NodeArgs,
+    ranks: JoinSet<Ended>,
+    /// Cancelled to kill; by place and attempt.
+    alive: BTreeMap<(u32, u32), CancellationToken>,
+    unsaid: Vec<node_event::Event>,
+    /// When this node is gone, once it was told to leave.
+    deadline: Option<Instant>,
+}
+
+impl Node<'_> {
+    /// One stream, until it breaks (an error) or this node is to end with a code.
+    async fn speak(&mut self, channel: Channel, terminate: &mut SignalStream, heard: &mut bool) -> Result<u8, Status> {
+        let args = self.args;
+        let (events, out) = mpsc::unbounded_channel();
+        let tell = |event| {
+            // A stream that broke shows below, where orders are read.
+            let _ = events.send(NodeEvent { event: Some(event) });
+        };
+        let live = |&(local_rank, attempt): &(u32, u32)| v1::LiveRank { local_rank, attempt };
+        tell(node_event::Event::Hello(v1::NodeHello {
+            run: args.run.clone(),
+            node: args.node.clone(),
+            address: args.address.clone(),
+            devices: args.ranks,
+            version: env!("CARGO_PKG_VERSION").into(),
+            slot: args.slot,
+            ranks: self.alive.keys().map(live).collect(),
+        }));
+        self.unsaid.drain(..).for_each(tell);
+        if self.deadline.is_some() {
+            tell(preempting());
+        }
+        let mut client = CoordinatorClient::new(channel);
+        let mut opening = std::pin::pin!(client.join(UnboundedReceiverStream::new(out)));
+        let mut orders = loop {
+            tokio::select! {
+                stream = &mut opening => break stream?.into_inner(),
+                _ = terminate.recv() => return Ok(exit::YIELDED),
+            }
+        };
+        loop {
+            tokio::select! {
+                order = orders.message() => {
+                    let order = order?.ok_or_else(|| Status::unavailable("the coordinator closed the line"))?.order;
+                    *heard = true;
+                    match order {
+                        Some(node_order::Order::Start(v1::StartRank { local_rank, attempt })) => {
+                            let child = spawn(args, local_rank, attempt).map_err(|e| Status::internal(format!("{e:#}")))?;
+                            let kill = CancellationToken::new();
+                            self.alive.insert((local_rank, attempt), kill.clone());
+                            self.ranks.spawn(watch(child, kill, local_rank, attempt));
+                        }
+                        Some(node_order::Order::Kill(v1::KillRank { local_rank, attempt })) => {
+                            self.alive.get(&(local_rank, attempt)).into_iter().for_each(CancellationToken::cancel);
+                        }
+                        Some(node_order::Order::Leave(leave)) => {
+                            tracing::info!(reason = leave.reason, "leaving");
+                            return Ok(u8::try_from(leave.exit_code).unwrap_or(exit::INTERNAL));
+                        }
+                        None => {}
+                    }
+                }
+                Some(ended) = self.ranks.join_next() => {
+                    let ended = ended.map_err(|e| Status::internal(format!("the watch over a rank failed: {e}")))?;
+                    self.alive.remove(&(ended.local_rank, ended.attempt));
+                    let report = node_event::Event::Exited(report(ended));
+                    if events.is_closed() {
+                        self.unsaid.push(report);
+                    } else {
+                        tell(report);
+                    }
+                }
+                _ = terminate.recv(), if self.deadline.is_none() => {
+                    tracing::info!("told to leave");
+                    self.deadline = Some(Instant::now() + DEADLINE - MARGIN);
+                    tell(preempting());
+                }
+                () = tokio::time::sleep_until(self.deadline.unwrap_or_else(Instant::now)), if self.deadline.is_some() => {
+                    tracing::warn!("the coordinator did not let this node go in time");
+                    return Ok(exit::YIELDED);
+                }
+            }
+        }
+    }
+}
+
+fn preempting() -> node_event::Event {
+    let deadline_s = u32::try_from(DEADLINE.as_secs()).unwrap_or(u32::MAX);
+    node_event::Event::Preempting(v1::Preempting { deadline_s })
 }
 
 fn spawn(args: &NodeArgs, local_rank: u32, attempt: u32) -> Result<Child> {

@@ -26,8 +26,9 @@ pub type Place = (String, u32);
 #[allow(missing_docs)]
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// A supervisor holds its stream; ranks of other nodes reach it at `address`.
-    NodeJoined { node: String, slot: u32, address: String },
+    /// A supervisor holds its stream; ranks of other nodes reach it at `address`. `ranks` run already, by number and attempt, where
+    /// it knew another coordinator before.
+    NodeJoined { node: String, slot: u32, address: String, ranks: Vec<(u32, u32)> },
     /// A supervisor's stream broke.
     NodeLost { node: String },
     /// The launcher says that what it had started for a slot has ended.
@@ -36,6 +37,8 @@ pub enum Event {
     Preempting { node: String, deadline: Duration },
     /// A rank process ended.
     RankExited { place: Place, attempt: u32, code: i32, last_words: String },
+    /// A rank that trains already, as number `rank` among `world`, has found this coordinator.
+    RankReturned { place: Place, attempt: u32, generation: u64, rank: u32, world: u32 },
     /// A rank is prepared and in no generation. `broken` is why its last one ended, where nobody had asked.
     RankReady { place: Place, attempt: u32, generation: u64, broken: Option<String> },
     /// Rank 0 serves the rendezvous store.
@@ -90,6 +93,8 @@ pub enum Effect {
     TellCommitted { place: Place, seq: u64, step: u64 },
     /// Training begins, or goes on, in this generation.
     Started { generation: u64, world: u32, from_commit: Option<u64> },
+    /// A generation that trains already was found.
+    Found { generation: u64, world: u32 },
     /// A membership change is over.
     Regrouped(Change),
     /// Something the user should hear of while it lasts.

@@ -42,7 +42,7 @@ impl Run {
 
     /// A node joins and its ranks become ready.
     fn join(&mut self, node: &str, slot: u32) -> Vec<Effect> {
-        self.on(Event::NodeJoined { node: node.into(), slot, address: format!("at-{node}") });
+        self.on(joined(node, slot, &[]));
         (0..self.ranks).flat_map(|local| self.ready(node, local, 0)).collect()
     }
 
@@ -74,6 +74,10 @@ impl Run {
         run.step(5);
         run
     }
+}
+
+fn joined(node: &str, slot: u32, ranks: &[(u32, u32)]) -> Event {
+    Event::NodeJoined { node: node.into(), slot, address: format!("at-{node}"), ranks: ranks.to_vec() }
 }
 
 fn places(effects: &[Effect]) -> Vec<Place> {
@@ -286,6 +290,49 @@ fn what_an_earlier_process_or_generation_says_changes_nothing() {
     assert_eq!(run.exit("b", 0, 0, 137), [], "told twice");
     assert_eq!(run.on(Event::PartsWritten { generation: 1, place: place("b", 0), step: 5 }), []);
     assert_eq!(run.on(Event::Progress { generation: 1, step: 99 }), []);
-    let effects = run.on(Event::NodeJoined { node: "b2".into(), slot: 1, address: "x".into() });
+    let effects = run.on(joined("b2", 1, &[]));
     assert!(matches!(&effects[..], [Effect::Leave { node, .. }] if node == "b2"), "its slot is filled: {effects:?}");
+}
+
+#[test]
+fn a_new_coordinator_takes_over_what_trains_and_starts_nothing_twice() {
+    let settings = Run::new(2, 1, 1, 3).machine.settings;
+    let now = Instant::now();
+    let mut run = Run { machine: Machine::take_over(settings, 4, now), now, log: Vec::new(), ranks: 1 };
+    assert_eq!(run.on(joined("x-0-2", 0, &[(0, 3)])), []);
+    assert_eq!(run.on(joined("x-1-0", 1, &[(0, 0)])), []);
+    let back = |node: &str, attempt, rank| Event::RankReturned {
+        place: place(node, 0),
+        attempt,
+        generation: 7,
+        rank,
+        world: 2,
+    };
+    run.on(back("x-0-2", 3, 1));
+    let effects = run.on(back("x-1-0", 0, 0));
+    assert_eq!(effects, [Effect::Found { generation: 7, world: 2 }], "training goes on untouched");
+    assert_eq!((run.machine.generation(), run.machine.first_place()), (7, Some(&place("x-1-0", 0))));
+    let parts = |node: &str| Event::PartsWritten { generation: 7, place: place(node, 0), step: 5 };
+    run.on(parts("x-0-2"));
+    assert_eq!(run.on(parts("x-1-0")), [Effect::WriteCommit { generation: 7, step: 5 }]);
+    let effects = run.on(Event::NodeLost { node: "x-0-2".into() });
+    assert!(effects.contains(&Effect::Launch { slot: 0, attempt: 3 }), "a name nobody had: {effects:?}");
+}
+
+#[test]
+fn a_new_coordinator_that_finds_nobody_or_not_all_starts_what_is_missing() {
+    let settings = Run::new(2, 1, 1, 3).machine.settings;
+    let now = Instant::now();
+    let mut run = Run { machine: Machine::take_over(settings.clone(), 4, now), now, log: Vec::new(), ranks: 1 };
+    assert_eq!(run.wait(4), []);
+    assert_eq!(run.wait(1), [Effect::Launch { slot: 0, attempt: 0 }, Effect::Launch { slot: 1, attempt: 0 }]);
+
+    let mut run = Run { machine: Machine::take_over(settings, 4, now), now, log: Vec::new(), ranks: 1 };
+    run.on(joined("x-0-0", 0, &[(0, 0)]));
+    run.on(Event::RankReturned { place: place("x-0-0", 0), attempt: 0, generation: 7, rank: 0, world: 2 });
+    let effects = run.wait(5);
+    assert!(effects.iter().any(|e| matches!(e, Effect::Regroup { generation: 7, .. })), "{effects:?}");
+    assert!(effects.contains(&Effect::Launch { slot: 1, attempt: 0 }));
+    let assigned = run.on(Event::RankReady { place: place("x-0-0", 0), attempt: 0, generation: 7, broken: None });
+    assert!(assigned.iter().any(|e| matches!(e, Effect::Assign { generation: 8, .. })), "{assigned:?}");
 }

@@ -228,7 +228,7 @@ async fn retention_keeps_the_newest_the_milestones_and_all_their_parts() {
     all.push(commit);
     progress(&run.store, 1, 15, 1).await;
     progress(&run.store, 2, 75, 7).await;
-    let keep = Checkpoint { every_epochs: 1, keep_last: 2, keep_every: 3 };
+    let keep = Checkpoint { keep_last: 2, keep_every: 3, ..Checkpoint::default() };
     let done = commits.retain(&keep).await.unwrap();
     assert_eq!(done.commits, [1, 2, 4, 5]);
     assert_eq!(commits.list().await.unwrap(), [3, 6, 7]);

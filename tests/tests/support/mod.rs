@@ -102,6 +102,7 @@ pub struct Running {
     pub view: watch::Receiver<RunView>,
     pub stop: CancellationToken,
     pub outcome: tokio::task::JoinHandle<Outcome>,
+    pub address: std::net::SocketAddr,
 }
 
 /// Starts a run, or goes on with one of that name.
@@ -112,6 +113,22 @@ pub async fn start(bucket: &Store, data: &str, name: &str, nodes: u32, ranks: u3
 
 /// The same with nodes started by `launcher`.
 pub async fn start_with<L: Launcher>(
+    launcher: L,
+    bucket: &Store,
+    data: &str,
+    name: &str,
+    nodes: u32,
+    ranks: u32,
+    config: RunConfig,
+) -> Running {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    start_at(listener, launcher, bucket, data, name, nodes, ranks, config).await
+}
+
+/// The same with a coordinator that listens where another one did.
+#[allow(clippy::too_many_arguments)]
+pub async fn start_at<L: Launcher>(
+    listener: TcpListener,
     launcher: L,
     bucket: &Store,
     data: &str,
@@ -132,9 +149,9 @@ pub async fn start_with<L: Launcher>(
     let stop = CancellationToken::new();
     let coordinator =
         Coordinator { spec, run: store, launcher, view: sender, stop: stop.clone(), kill: CancellationToken::new() };
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
     let outcome = tokio::spawn(async move { coordinator.serve(listener).await.unwrap() });
-    Running { view, stop, outcome }
+    Running { view, stop, outcome, address }
 }
 
 /// Runs to the end.

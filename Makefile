@@ -26,7 +26,9 @@ build: setup ## builds sgclctl and sgcl-worker (the first time: some ten minutes
 demo: build ## from nothing to a trained encoder and its report, under demo/
 	SGCL_PYTHON="$(python)" scripts/demo
 
-test: setup-tests build ## every test; on nextest where it is installed
+# Programs and tests in one build: apart, they would ask for other features of the same libraries, and compile those twice.
+test: setup-tests ## every test; on nextest where it is installed
+	cargo build --release --locked --workspace --bins --tests
 	@if cargo nextest --version >/dev/null 2>&1; then \
 	  cargo nextest run --release --locked --workspace && cargo test --release --locked --workspace --doc; \
 	else \

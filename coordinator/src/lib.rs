@@ -4,6 +4,7 @@
 
 pub mod launcher;
 pub mod machine;
+mod orders;
 pub mod server;
 pub mod view;
 

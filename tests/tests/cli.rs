@@ -71,6 +71,80 @@ fn slides_become_weights_through_an_s3_server_alone() {
     assert_eq!(again.code, Some(73), "{}", again.stderr);
 }
 
+/// A run of many epochs that trains in the background until it is told otherwise.
+fn train_long(programs: &Programs, data: &str, bucket: &str) -> std::process::Child {
+    let mut arguments = train(data, bucket, "long");
+    arguments.extend(["--set", "epochs=2000"]);
+    quiet(programs.sgclctl(&arguments))
+}
+
+fn quiet(mut command: Command) -> std::process::Child {
+    command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap()
+}
+
+fn status(programs: &Programs, bucket: &str) -> Value {
+    let told = programs.call(&["status", "long", "--bucket", bucket, "--output", "json"]).unwrap().success();
+    serde_json::from_str(&told.stdout).unwrap()
+}
+
+/// Waits until the run has trained beyond `step`.
+fn trained(programs: &Programs, bucket: &str, step: u64) {
+    for _ in 0..600 {
+        if Path::new(bucket).join("runs/long/spec.json").exists() {
+            let status = status(programs, bucket);
+            if status["phase"] == "running" && status["step"].as_u64() > Some(step) {
+                return;
+            }
+        }
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+    panic!("the run never got beyond step {step}");
+}
+
+#[test]
+fn a_run_under_way_is_drained_suspended_resumed_and_cancelled_from_another_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let programs = Programs::find().unwrap();
+    let data = text(&folder.path().join("patches"));
+    let bucket = text(&folder.path().join("bucket"));
+    ingest(&programs, &slides(&programs, &folder.path().join("slides")), &data);
+    let order = |words: &[&str]| {
+        let mut arguments = words.to_vec();
+        arguments.extend(["--bucket", &bucket]);
+        programs.call(&arguments).unwrap()
+    };
+
+    let mut run = train_long(&programs, &data, &bucket);
+    trained(&programs, &bucket, 20);
+    let unknown = order(&["drain", "long", "7"]);
+    assert_eq!(unknown.code, Some(65), "{}", unknown.stderr);
+    assert!(unknown.stderr.contains("there is no node 7; the run has long-0-0"), "{}", unknown.stderr);
+    let _ = order(&["suspend", "long"]).success();
+    assert_eq!(run.wait().unwrap().code(), Some(75));
+    let suspended = status(&programs, &bucket);
+    assert_eq!(suspended["phase"], "suspended");
+    let _ = order(&["suspend", "long"]).success();
+    let step = suspended["step"].as_u64().unwrap();
+
+    let mut run = quiet(programs.sgclctl(&["resume", "long", "--bucket", &bucket]));
+    trained(&programs, &bucket, step + 20);
+    let _ = order(&["drain", "long", "0"]).success();
+    let described = (0..300).find_map(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let text = order(&["describe", "long"]).success().stdout;
+        text.contains("was told to leave").then_some(text)
+    });
+    let described = described.expect("the drain is told of");
+    assert!(described.contains("drain 0") && described.contains("suspend"), "{described}");
+    let _ = order(&["cancel", "long"]).success();
+    assert_eq!(run.wait().unwrap().code(), Some(1));
+    assert_eq!(status(&programs, &bucket)["phase"], "cancelled");
+    let again = order(&["resume", "long"]);
+    assert_eq!(again.code, Some(65), "{}", again.stderr);
+    assert!(again.stderr.contains("was cancelled"), "{}", again.stderr);
+    let _ = order(&["verify", "long"]).success();
+}
+
 /// A file system of `megabytes`, unmounted when dropped; none where the test may not mount.
 struct SmallDisk(tempfile::TempDir);
 

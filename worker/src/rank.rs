@@ -1,6 +1,7 @@
 //! A rank, from assignment to export.
 
 mod checkpoint;
+mod fill;
 mod loader;
 mod reunite;
 mod ring;

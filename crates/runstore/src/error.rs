@@ -39,6 +39,18 @@ pub enum RunStoreError {
         /// Write id of the winner.
         winner: String,
     },
+    /// Somebody else coordinates the run by now: this coordinator must stop.
+    #[error("{run}: {by} coordinates it now (lease {newest}, this one's was {epoch}); this coordinator stops")]
+    Superseded {
+        /// The run's URL.
+        run: String,
+        /// The stale lease.
+        epoch: u64,
+        /// The newest lease.
+        newest: u64,
+        /// Who holds that.
+        by: String,
+    },
     /// A commit that does not follow the one before it.
     #[error("{object}: does not follow commit {expected}: {reason}")]
     BrokenChain {

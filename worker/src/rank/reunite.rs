@@ -12,6 +12,7 @@ use roaring::RoaringBitmap;
 use sgcl::bank::{BankRows, Held, ShardPlan, Widths, lost};
 use sgcl::collective::Solo;
 use sgcl_proto::v1;
+use sgcl_runstore::config::BankStart;
 use sgcl_runstore::{Commits, Ledger};
 use tch::{Device, Kind, Tensor};
 
@@ -212,6 +213,9 @@ impl Trainer {
             self.learner.last.clear();
             self.label(false);
             self.position = Position::default();
+            if self.spec.config.bank.start == BankStart::Features {
+                self.fill(session)?;
+            }
         }
         self.standing = true;
         Ok(seq)

@@ -327,7 +327,7 @@ impl Trainer {
                 total: self.position.step,
                 lr,
                 inter_weight,
-                rows: self.rows(&plan)?,
+                rows: self.rows(&plan, self.position.cursor)?,
                 lanes_per_rank: accumulate,
             };
             let batches: Vec<LaneBatch> = (0..accumulate).map(|_| loader.next()).collect::<Result<_>>()?;
@@ -357,14 +357,14 @@ impl Trainer {
         Ok(Asked::default())
     }
 
-    /// Bank rows of every lane of the coming step.
-    fn rows(&self, plan: &EpochPlan) -> Result<Vec<Vec<i64>>> {
+    /// Bank rows of every lane of a step.
+    pub(crate) fn rows(&self, plan: &EpochPlan, step: usize) -> Result<Vec<Vec<i64>>> {
         (0..plan.lanes())
             .map(|lane| {
                 let row = |&id| {
                     self.subset.row_of(id).map(i64::from).context("the plan names a patch that is not trained on")
                 };
-                plan.batch_of(lane, self.position.cursor).iter().map(row).collect()
+                plan.batch_of(lane, step).iter().map(row).collect()
             })
             .collect()
     }
@@ -404,7 +404,7 @@ impl Trainer {
         Ok(())
     }
 
-    fn tell(&self, session: &Session, phase: &str, steps: u64, metrics: BTreeMap<String, f64>, pace: f64) {
+    pub(crate) fn tell(&self, session: &Session, phase: &str, steps: u64, metrics: BTreeMap<String, f64>, pace: f64) {
         session.progress(v1::Progress {
             phase: phase.into(),
             epoch: self.position.epoch,

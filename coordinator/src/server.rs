@@ -754,7 +754,7 @@ mod tests {
         let rivals = rivals().await;
         late(&rivals, 50).await;
         let ours = follow(&rivals.commits, &rivals.ours, Some(rivals.parent.clone()), reached(1, 30)).await.unwrap();
-        assert_eq!((ours.seq, ours.parent), (2, Some(rivals.parent.write_id.clone())));
+        assert_eq!((ours.seq, ours.parent.clone()), (2, Some(rivals.parent.write_id.clone())));
         assert_eq!(rivals.commits.read(2).await.unwrap(), ours);
     }
 }

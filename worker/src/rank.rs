@@ -1,5 +1,6 @@
 //! A rank, from assignment to export.
 
+pub(crate) mod bare;
 mod checkpoint;
 mod fill;
 mod loader;

@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 # Read back from what scripts/setup wrote for cargo; a value of the caller's own wins.
 python = $${SGCL_PYTHON:-$$(sed -n 's/^SGCL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)}
 
-.PHONY: help setup setup-tests build demo test test-goldens lint nccl bench-objective bench-kmeans doc clean
+.PHONY: help setup setup-tests build demo test test-goldens lint nccl bench-objective bench-kmeans bench-preemption doc clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ bench-objective: setup ## the objective's step against a dense one: time and mem
 
 bench-kmeans: setup ## k-means against faiss (SGCL_PYTHON must have faiss-cpu and safetensors)
 	SGCL_PYTHON="$(python)" cargo bench --profile release --locked -p sgcl --bench kmeans -- $(ARGS)
+
+bench-preemption: build ## lost ranks and nodes beside torchrun elastic under the same kills, and what it costs a step (ARGS="--quick")
+	SGCL_PYTHON="$(python)" cargo bench --profile release --locked -p sgcl-tests --bench preemption -- $(ARGS)
 
 nccl: ## compiles, links and loads the NCCL half; without a GPU it must say that there is none
 	@scripts/setup --nccl

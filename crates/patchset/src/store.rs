@@ -11,6 +11,7 @@
 
 mod aws;
 mod error;
+pub mod faults;
 
 use std::io::{Read, Seek};
 use std::ops::Range;

@@ -35,6 +35,7 @@ test: setup-tests ## every test; on nextest where it is installed
 	  echo "test: cargo-nextest is not installed, so plain cargo test runs"; \
 	  cargo test --release --locked --workspace; \
 	fi
+	cargo test --release --locked -p sgcl-patchset --features faults --test environment
 
 test-goldens: setup-tests ## the method against every case in the folder SGCL_GOLDENS names, listing what it read
 	cargo test --release --locked -p sgcl --test goldens -- --nocapture

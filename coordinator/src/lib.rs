@@ -5,6 +5,7 @@
 pub mod launcher;
 pub mod machine;
 mod orders;
+mod recorder;
 pub mod server;
 pub mod view;
 

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use sgcl_patchset::Store;
-use sgcl_proto::MAX_MESSAGE_BYTES;
 use sgcl_proto::v1::coordinator_server::{Coordinator as Service, CoordinatorServer};
 use sgcl_proto::v1::{
     self, NodeEvent, NodeOrder, RankEvent, RankOrder, node_event, node_order, rank_event, rank_order,
 };
+use sgcl_proto::{MAX_MESSAGE_BYTES, WAITING_FOR_STORAGE};
 use sgcl_runstore::commit::Progress;
 use sgcl_runstore::status::{EventKind, Events, Phase};
 use sgcl_runstore::{Commit, Commits, Lease, Order, Orders, PartKind, PartRef, RunStoreError, Spec};
@@ -26,6 +26,7 @@ use tonic::{Request, Response, Status, Streaming};
 use crate::launcher::{Ended, Launcher};
 use crate::machine::{Change, Effect, Event, Machine, Outcome, Place, Settings};
 use crate::orders::{self, Notice};
+use crate::recorder::Recorder;
 use crate::view::RunView;
 
 /// How often time alone is looked at.
@@ -34,8 +35,8 @@ const TICK: Duration = Duration::from_millis(100);
 const HEARTBEAT: Duration = Duration::from_millis(1500);
 /// Time for a node that its user sends home.
 const DRAIN: Duration = Duration::from_secs(10);
-/// A pause between two tries of a commit is never longer.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Longest wait for the last event when the run is ended at once.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// A run to coordinate.
 pub struct Coordinator<L> {
@@ -67,10 +68,18 @@ enum Input {
     NodeGone(String, u64),
     Rank(Place, mpsc::UnboundedSender<Result<RankOrder, Status>>),
     Progress(Place, v1::Progress),
-    Parts { generation: u64, place: Place, parts: v1::PartsWritten },
+    Parts {
+        generation: u64,
+        place: Place,
+        parts: v1::PartsWritten,
+    },
     AskCommit(Place),
     Found(Place, Result<Option<Commit>>),
-    Committed { generation: u64, step: u64, result: Result<Commit> },
+    Committed {
+        generation: u64,
+        step: u64,
+        result: Result<Commit>,
+    },
 }
 
 impl<L: Launcher> Coordinator<L> {
@@ -79,7 +88,9 @@ impl<L: Launcher> Coordinator<L> {
     /// # Errors
     /// The bucket cannot be read or written, a node cannot be started, or another coordinator has taken the run over
     /// ([`RunStoreError::Superseded`]).
-    pub async fn serve(self, listener: TcpListener) -> Result<Outcome> {
+    pub async fn serve(mut self, listener: TcpListener) -> Result<Outcome> {
+        // Nothing that passes by itself ends a run.
+        self.run = self.run.patient();
         let address = listener.local_addr().context("the coordinator's listener has no address")?;
         let (inputs, received) = mpsc::channel(1024);
         let service = Streams { inputs: inputs.clone(), run: self.spec.run.to_string(), lines: AtomicU64::new(0) };
@@ -109,9 +120,17 @@ impl<L: Launcher> Coordinator<L> {
         inputs: mpsc::Sender<Input>,
         mut received: mpsc::Receiver<Input>,
     ) -> Result<Outcome> {
-        let lease = Lease::take(&self.run, &holder(), jiff::Timestamp::now()).await?;
-        let seen = Orders::new(&self.run).newest().await?;
-        let commit = newest(&self.run).await?;
+        let found = async {
+            let lease = Lease::take(&self.run, &holder(), jiff::Timestamp::now()).await?;
+            let seen = Orders::new(&self.run).newest().await?;
+            anyhow::Ok((lease, seen, newest(&self.run).await?, Phase::read(&self.run).await?))
+        };
+        let (lease, seen, commit, phase) = tokio::select! {
+            found = found => found?,
+            () = self.kill.cancelled() => {
+                return Ok(Outcome::Suspended { reason: "stopped before the storage answered".to_owned() });
+            }
+        };
         let generation = commit.as_ref().map_or(0, |commit| commit.progress.generation);
         let settings = Settings {
             nodes: self.spec.nodes,
@@ -122,7 +141,7 @@ impl<L: Launcher> Coordinator<L> {
             step_timeout: Duration::from_secs(self.spec.config.step_timeout_s),
         };
         // Whoever coordinated before may have left ranks training.
-        let left = Phase::read(&self.run).await? == Phase::Running;
+        let left = phase == Phase::Running;
         let (machine, effects) = if left {
             (Machine::take_over(settings, generation, Instant::now()), Vec::new())
         } else {
@@ -134,6 +153,7 @@ impl<L: Launcher> Coordinator<L> {
         let _watch = AbortOnDropHandle::new(tokio::spawn(orders::watch(self.run.clone(), lease.clone(), seen, looking)));
         let mut desk = Desk {
             machine,
+            recorder: Recorder::new(&self.run, lease.clone()),
             lease,
             commit,
             nodes: BTreeMap::new(),
@@ -146,8 +166,8 @@ impl<L: Launcher> Coordinator<L> {
             coordinator: format!("http://{address}"),
             owner: &self,
         };
-        if let Some(outcome) = desk.carry_out(effects).await? {
-            return Ok(outcome);
+        if let Some(outcome) = desk.carry_out(effects)? {
+            return desk.close(outcome).await;
         }
         let mut tick = tokio::time::interval(TICK);
         let mut asked = false;
@@ -158,25 +178,34 @@ impl<L: Launcher> Coordinator<L> {
                     None => continue,
                 },
                 Some(found) = found.recv() => match found {
-                    Notice::Order(seq, order) => match desk.obey(seq, order).await? {
+                    Notice::Order(seq, order) => match desk.obey(seq, order) {
                         Some(event) => event,
                         None => continue,
                     },
                     Notice::Stale(error) => return Err(error.into()),
                 },
                 Some(Ended { slot, attempt, code }) = ends.recv() => Event::LaunchEnded { slot, attempt, code },
-                _ = tick.tick() => Event::Tick,
+                // Whoever waits for a commit waits for the storage, not for a rank that hangs.
+                _ = tick.tick() => if desk.writing {
+                    Event::Progress { generation: desk.machine.generation(), step: 0 }
+                } else {
+                    Event::Tick
+                },
+                error = desk.recorder.refused() => return Err(error),
                 () = self.stop.cancelled(), if !asked => { asked = true; Event::StopRequested }
                 () = self.kill.cancelled() => {
                     self.launcher.kill_all();
                     let reason = "stopped at once on request".to_owned();
-                    desk.record(EventKind::Suspended { reason: reason.clone() }).await?;
+                    desk.recorder.record(EventKind::Suspended { reason: reason.clone() });
+                    if tokio::time::timeout(LAST_WORDS, desk.recorder.finish()).await.is_err() {
+                        tracing::warn!("the storage does not answer: the bucket does not say that the run was stopped");
+                    }
                     return Ok(Outcome::Suspended { reason });
                 }
             };
             let effects = desk.machine.handle(Instant::now(), event);
-            if let Some(outcome) = desk.carry_out(effects).await? {
-                return Ok(outcome);
+            if let Some(outcome) = desk.carry_out(effects)? {
+                return desk.close(outcome).await;
             }
         }
     }
@@ -205,9 +234,25 @@ struct Desk<'a, L> {
     inputs: mpsc::Sender<Input>,
     ended: mpsc::UnboundedSender<Ended>,
     coordinator: String,
+    recorder: Recorder,
 }
 
 impl<L: Launcher> Desk<'_, L> {
+    /// The end, once the bucket tells of it.
+    async fn close(self, outcome: Outcome) -> Result<Outcome> {
+        tokio::select! {
+            recorded = self.recorder.finish() => match recorded {
+                // Why it failed is worth more than that the bucket cannot be told.
+                Err(error) if matches!(outcome, Outcome::Failed { .. }) => {
+                    tracing::warn!("the bucket does not say that the run failed: {error:#}");
+                    Ok(outcome)
+                }
+                recorded => recorded.map(|()| outcome),
+            },
+            () = self.owner.kill.cancelled() => Ok(outcome),
+        }
+    }
+
     /// Keeps what the machine does not need, hands on what it does.
     ///
     /// # Errors
@@ -239,7 +284,15 @@ impl<L: Launcher> Desk<'_, L> {
                 None
             }
             Input::Progress(place, progress) => {
-                if self.machine.first_place() != Some(&place) {
+                // One rank that waits for the storage holds all up.
+                let waits = progress.phase == WAITING_FOR_STORAGE;
+                if waits || self.machine.first_place() != Some(&place) {
+                    self.owner.view.send_if_modified(|view| {
+                        waits && view.phase != progress.phase && {
+                            view.phase = progress.phase;
+                            true
+                        }
+                    });
                     return Ok(None);
                 }
                 self.owner.view.send_modify(|view| {
@@ -295,7 +348,7 @@ impl<L: Launcher> Desk<'_, L> {
     }
 
     /// Answers an order in the run's events, where whoever gave it looks.
-    async fn obey(&mut self, seq: u64, what: Order) -> Result<Option<Event>> {
+    fn obey(&mut self, seq: u64, what: Order) -> Option<Event> {
         let (event, refused) = match &what {
             Order::Suspend => (Some(Event::StopRequested), None),
             Order::Cancel => (Some(Event::CancelRequested), None),
@@ -307,20 +360,14 @@ impl<L: Launcher> Desk<'_, L> {
                 }
             },
         };
-        self.record(EventKind::Ordered { seq, what, refused }).await?;
-        Ok(event)
+        self.recorder.record(EventKind::Ordered { seq, what, refused });
+        event
     }
 
     /// A node by its name, or by its slot.
     fn node(&self, name: &str) -> Option<String> {
         let slot = format!("{}-{name}-", self.owner.spec.run);
         self.nodes.keys().find(|node| *node == name || node.starts_with(&slot)).cloned()
-    }
-
-    /// Appends to the run's events, unless somebody else coordinates the run by now.
-    async fn record(&self, kind: EventKind) -> Result<(), RunStoreError> {
-        self.lease.check().await?;
-        Events::new(&self.owner.run).append(kind, jiff::Timestamp::now()).await.map(drop)
     }
 
     /// Looks the newest intact commit up for those who ask, once none is being written.
@@ -338,7 +385,7 @@ impl<L: Launcher> Desk<'_, L> {
         }
     }
 
-    async fn carry_out(&mut self, effects: Vec<Effect>) -> Result<Option<Outcome>> {
+    fn carry_out(&mut self, effects: Vec<Effect>) -> Result<Option<Outcome>> {
         for effect in effects {
             tracing::debug!(?effect, "decided");
             match effect {
@@ -379,7 +426,7 @@ impl<L: Launcher> Desk<'_, L> {
                         view.generation = generation;
                         view.ranks = world;
                     });
-                    self.record(EventKind::Started { world, from_commit }).await?;
+                    self.recorder.record(EventKind::Started { world, from_commit });
                 }
                 Effect::Found { generation, world } => {
                     tracing::info!(generation, world, "took over a generation that trains");
@@ -388,19 +435,18 @@ impl<L: Launcher> Desk<'_, L> {
                         view.ranks = world;
                     });
                 }
-                Effect::Regrouped(change) => self.regrouped(change).await?,
+                Effect::Regrouped(change) => self.regrouped(change),
                 Effect::Note { message } => {
                     tracing::warn!("{message}");
                     self.owner.view.send_modify(|view| view.message = Some(message));
                 }
                 Effect::End(outcome) => {
-                    self.record(match outcome.clone() {
+                    self.recorder.record(match outcome.clone() {
                         Outcome::Finished => EventKind::Finished,
                         Outcome::Suspended { reason } => EventKind::Suspended { reason },
                         Outcome::Failed { message, .. } => EventKind::Failed { message },
                         Outcome::Cancelled => EventKind::Cancelled,
-                    })
-                    .await?;
+                    });
                     return Ok(Some(outcome));
                 }
             }
@@ -408,7 +454,7 @@ impl<L: Launcher> Desk<'_, L> {
         Ok(None)
     }
 
-    async fn regrouped(&self, change: Change) -> Result<()> {
+    fn regrouped(&self, change: Change) {
         tracing::warn!(
             world = change.world,
             seconds = change.took.as_secs_f64(),
@@ -423,9 +469,8 @@ impl<L: Launcher> Desk<'_, L> {
         });
         let Change { reason, failure, world_before, world, took, steps_lost, from_commit, .. } = change;
         let seconds = took.as_secs_f64();
-        let kind =
-            EventKind::Regrouped { reason, failure, world_before, world, seconds, steps_lost, from_commit };
-        Ok(self.record(kind).await?)
+        let kind = EventKind::Regrouped { reason, failure, world_before, world, seconds, steps_lost, from_commit };
+        self.recorder.record(kind);
     }
 
     /// Sends to a node. One that is gone will be noticed by its stream's end.
@@ -456,7 +501,7 @@ impl<L: Launcher> Desk<'_, L> {
                 let progress = assemble(written.into_values().collect())?;
                 let commits = Commits::new(&run);
                 let commit = follow(&commits, &lease, parent, progress).await?;
-                if let Err(error) = commits.retain(&keep).await {
+                if let Err(error) = Commits::new(&run.impatient()).retain(&keep).await {
                     tracing::warn!(%error, "old commits were not removed; the next commit tries again");
                 }
                 Ok(commit)
@@ -487,7 +532,7 @@ async fn follow(
         lease.check().await?;
         let now = jiff::Timestamp::now();
         let commit = Commit::after(parent.as_ref(), progress.clone(), now);
-        let lost = match append(commits, &commit).await {
+        let lost = match commits.append(&commit).await {
             Ok(()) => return Ok(commit),
             Err(lost @ RunStoreError::Lost { .. }) => lost,
             Err(error) => return Err(error.into()),
@@ -500,21 +545,6 @@ async fn follow(
             there if there < reached => parent = Some(theirs),
             _ => commits.set_aside(commit.seq, now).await?,
         }
-    }
-}
-
-/// Makes a commit durable, through what passes by itself.
-async fn append(commits: &Commits, commit: &Commit) -> Result<(), RunStoreError> {
-    let mut pause = Duration::from_millis(200);
-    loop {
-        match commits.append(commit).await {
-            Err(RunStoreError::Store(error)) if !error.is_permanent() && pause < LONGEST_PAUSE => {
-                tracing::warn!(%error, seq = commit.seq, "the commit was not written, trying again");
-            }
-            result => return result,
-        }
-        tokio::time::sleep(pause).await;
-        pause *= 2;
     }
 }
 
@@ -598,10 +628,9 @@ impl Service for Streams {
                         code: e.code,
                         last_words: e.last_words,
                     },
-                    Some(node_event::Event::Preempting(e)) => Event::Preempting {
-                        node: node.clone(),
-                        deadline: Duration::from_secs(e.deadline_s.into()),
-                    },
+                    Some(node_event::Event::Preempting(e)) => {
+                        Event::Preempting { node: node.clone(), deadline: Duration::from_secs(e.deadline_s.into()) }
+                    }
                     Some(node_event::Event::Hello(_)) | None => continue,
                 };
                 known = Self::send(&inputs, Input::Event(event)).await;
@@ -617,7 +646,8 @@ impl Service for Streams {
             Some(rank_event::Event::Hello(hello)) => Some(&hello.run),
             _ => None,
         })?;
-        let Some(rank_event::Event::Hello(v1::RankHello { node, local_rank, attempt, member, .. })) = first.event else {
+        let Some(rank_event::Event::Hello(v1::RankHello { node, local_rank, attempt, member, .. })) = first.event
+        else {
             return Err(Status::invalid_argument("the first message must be a hello"));
         };
         let (orders, out) = mpsc::unbounded_channel();

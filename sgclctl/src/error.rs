@@ -152,7 +152,7 @@ fn store(error: &StoreError) -> Known {
     match error {
         StoreError::BadUrl { .. } => (Exit::Usage, None),
         StoreError::Profile { .. } => (Exit::Config, None),
-        StoreError::NotFound { .. } | StoreError::TooLarge { .. } | StoreError::CutShort { .. } => (Exit::Data, None),
+        StoreError::NotFound { .. } | StoreError::TooLarge { .. } | StoreError::TooShort { .. } => (Exit::Data, None),
         StoreError::NoSpace { .. } => (Exit::CannotCreate, None),
         StoreError::NoBucket { .. }
         | StoreError::NoCredentials { .. }

@@ -13,6 +13,7 @@ use hyper_util::server::conn::auto::Builder;
 use s3s::Body;
 use s3s::auth::SimpleAuth;
 use s3s::service::S3ServiceBuilder;
+use sgcl_patchset::Store;
 use sgcl_patchset::faults::{FaultPlan, Faults};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -82,6 +83,16 @@ impl S3Server {
     #[must_use]
     pub fn faults(&self) -> &Faults {
         &self.faults
+    }
+
+    /// A place on this server, such as `s3://lab/runs`. Programs find it by [`S3Server::environment`].
+    ///
+    /// # Errors
+    /// Not such a URL.
+    pub fn store(&self, url: &str) -> Result<Store> {
+        let environment = self.environment();
+        let value = |name: &str| environment.iter().find(|(known, _)| *known == name).map(|(_, value)| value.clone());
+        Ok(Store::open_with_env(url, &value)?)
     }
 
     /// The variables that the AWS tools, and we, read.

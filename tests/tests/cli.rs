@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
-use sgcl_tests::{Programs, S3Server};
+use sgcl_tests::{Programs, S3Server, SmallDisk};
 
 /// A configuration that trains in seconds on some dozen patches of 64 px.
 const SMALL: [&str; 9] = [
@@ -145,29 +145,6 @@ fn a_run_under_way_is_drained_suspended_resumed_and_cancelled_from_another_proce
     let _ = order(&["verify", "long"]).success();
 }
 
-/// A file system of `megabytes`, unmounted when dropped; none where the test may not mount.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    fn mount(megabytes: u32) -> Result<Self, String> {
-        let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
-        let size = format!("size={megabytes}m");
-        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder.path()).output();
-        match mount {
-            Ok(done) if done.status.success() => Ok(Self(folder)),
-            Ok(done) => Err(String::from_utf8_lossy(&done.stderr).trim().to_owned()),
-            Err(error) => Err(error.to_string()),
-        }
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // A mount left behind goes with the machine.
-        let _ = Command::new("umount").arg(self.0.path()).status();
-    }
-}
-
 #[test]
 fn a_full_disk_is_named_and_nothing_half_written_looks_whole() {
     let disk = match SmallDisk::mount(8) {
@@ -184,22 +161,22 @@ fn a_full_disk_is_named_and_nothing_half_written_looks_whole() {
     ingest(&programs, &slides, &data);
 
     // A checkpoint of ResNet-18 needs ten times this disk.
-    let bucket = text(&disk.0.path().join("runs"));
+    let bucket = text(&disk.path().join("runs"));
     let run = programs.call(&train(&data, &bucket, "first")).unwrap();
     assert_eq!(run.code, Some(73), "stdout:\n{}\nstderr:\n{}", run.stdout, run.stderr);
     assert!(run.stderr.contains("no space left") && run.stderr.contains(&bucket), "{}", run.stderr);
     assert!(run.stderr.contains("hint: "), "{}", run.stderr);
-    let commits = disk.0.path().join("runs/runs/first/commits");
+    let commits = disk.path().join("runs/runs/first/commits");
     let left = std::fs::read_dir(commits).map_or(0, Iterator::count);
     assert_eq!(left, 0, "no commit names parts that are not whole");
 
     // A patch set that does not fit is not there.
-    let small = text(&disk.0.path().join("set"));
-    std::fs::write(disk.0.path().join("filler"), vec![0; 7 << 20]).ok();
+    let small = text(&disk.path().join("set"));
+    std::fs::write(disk.path().join("filler"), vec![0; 7 << 20]).ok();
     let mut arguments = vec!["ingest", "--to", &small, "--patch-px", "64", "--level", "0"];
     arguments.extend(slides.iter().map(String::as_str));
     let ingest = programs.call(&arguments).unwrap();
     assert_eq!(ingest.code, Some(73), "{}", ingest.stderr);
     assert!(ingest.stderr.contains("no space left") && ingest.stderr.contains("hint: "), "{}", ingest.stderr);
-    assert!(!disk.0.path().join("set/patchset.json").exists());
+    assert!(!disk.path().join("set/patchset.json").exists());
 }

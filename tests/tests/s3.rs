@@ -1,7 +1,6 @@
 //! The S3 server of the tests: what it promises, and each of its faults as a client meets it.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use sgcl_patchset::faults::{Fault, FaultPlan, Op};
@@ -17,8 +16,7 @@ struct Bucket {
 fn bucket(plan: &str) -> Bucket {
     let folder = tempfile::tempdir().unwrap();
     let server = S3Server::start_faulty(folder.path(), &["lab"], plan.parse::<FaultPlan>().unwrap()).unwrap();
-    let env: HashMap<_, _> = server.environment().into_iter().collect();
-    let store = Store::open_with_env("s3://lab/place", &|name| env.get(name).cloned()).unwrap();
+    let store = server.store("s3://lab/place").unwrap();
     Bucket { server, store, _folder: folder }
 }
 
@@ -62,7 +60,8 @@ async fn every_fault_is_met_once_and_passes() {
     assert_eq!(store.get("a", 9).await.unwrap(), "two");
     assert!(began.elapsed() >= Duration::from_millis(300));
 
-    for (n, fault) in [Fault::Lost, Fault::Conflict, Fault::Conflict, Fault::Conflict, Fault::Error].iter().enumerate() {
+    for (n, fault) in [Fault::Lost, Fault::Conflict, Fault::Conflict, Fault::Conflict, Fault::Error].iter().enumerate()
+    {
         faults.next(Op::Create, *fault);
         let id = format!("w{n}");
         assert_eq!(store.create(&format!("c{n}"), id.clone(), &id).await.unwrap(), Created::Created, "{fault:?}");
@@ -108,7 +107,9 @@ async fn the_same_seed_draws_the_same_faults() {
         let faults = sgcl_patchset::faults::Faults::new(
             format!("seed={seed},error=0.2,lost=0.2,truncate=0.2,slow=0.1").parse().unwrap(),
         );
-        (0..200).map(|n| faults.draw(if n % 2 == 0 { Op::Get } else { Op::Put }).map(|hit| hit.fault)).collect::<Vec<_>>()
+        (0..200)
+            .map(|n| faults.draw(if n % 2 == 0 { Op::Get } else { Op::Put }).map(|hit| hit.fault))
+            .collect::<Vec<_>>()
     };
     assert_eq!(draw(1), draw(1));
     assert_ne!(draw(1), draw(2));

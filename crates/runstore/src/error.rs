@@ -105,7 +105,7 @@ impl RunStoreError {
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Store(e) => {
-                matches!(e, StoreError::NotFound { .. } | StoreError::TooLarge { .. } | StoreError::CutShort { .. })
+                matches!(e, StoreError::NotFound { .. } | StoreError::TooLarge { .. } | StoreError::TooShort { .. })
             }
             Self::Damaged { .. } | Self::FutureVersion { .. } | Self::BrokenChain { .. } | Self::Limit { .. } => true,
             _ => false,

@@ -1,6 +1,7 @@
 //! `run --local`: check, write the spec, coordinate in this process, show progress until the end.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use jiff::Timestamp;
@@ -21,6 +22,9 @@ use crate::output::{Out, count, warn};
 use crate::progress::RunProgress;
 use crate::worker;
 use sgcl_runstore::config::BankDtype;
+
+/// Longest wait for storage that has answered before.
+const HICCUP: Duration = Duration::from_secs(60);
 
 impl From<ResumeArgs> for RunArgs {
     fn from(args: ResumeArgs) -> Self {
@@ -45,6 +49,9 @@ pub(crate) async fn main(args: RunArgs, out: Out) -> Result<Exit> {
     let bucket = Store::open(&args.bucket.bucket)?;
     let run = name.store(&bucket);
     let stored = Spec::find(&run).await?;
+    // It has answered once: from here on, and when the run has ended, a hiccup is waited for.
+    let bucket = bucket.patient_for(HICCUP);
+    let run = name.store(&bucket);
     let spec = wanted(&args, &name, stored.as_ref(), out).await?;
     match &stored {
         Some(stored) if args.resume => {

@@ -105,7 +105,7 @@ pub(crate) fn main(runtime: &Handle, args: &BareArgs, out: &mut impl Write) -> R
             rows,
             lanes_per_rank: accumulate,
         };
-        let batches: Vec<LaneBatch> = (0..accumulate).map(|_| loader.next()).collect::<Result<_>>()?;
+        let batches: Vec<LaneBatch> = (0..accumulate).map(|_| loader.next(|| Ok(()))).collect::<Result<_>>()?;
         trainer.learner.step(trainer.ring.as_ref(), &step, batches, Asked::default())?;
         ends.push(began.elapsed().as_secs_f64());
     }

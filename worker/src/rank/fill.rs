@@ -28,7 +28,9 @@ impl Trainer {
         for step in 0..plan.steps() {
             session.check()?;
             let rows = self.rows(&plan, step)?;
-            let batches: Vec<LaneBatch> = (0..accumulate).map(|_| loader.next()).collect::<Result<_>>()?;
+            let mut wait = self.wait(session, self.set.store(), plan.steps() as u64);
+            let batches: Vec<LaneBatch> =
+                (0..accumulate).map(|_| loader.next(|| wait.look())).collect::<Result<_>>()?;
             self.learner.fill(self.ring.as_ref(), &rows, batches)?;
             self.tell(session, "filling the bank", plan.steps() as u64, BTreeMap::new(), 0.0);
         }

@@ -109,7 +109,10 @@ impl Trainer {
         let holders = Held::holders(&self.sources(), self.layout, self.ring.as_ref())?;
         let missing = lost(&holders);
         if !missing.is_empty() {
-            tracing::warn!(shards = missing.len(), "no copy of some bank rows is left: going back to the newest commit");
+            tracing::warn!(
+                shards = missing.len(),
+                "no copy of some bank rows is left: going back to the newest commit"
+            );
             return self.begin(session);
         }
         let position = self.share_position(lead)?;
@@ -208,9 +211,11 @@ impl Trainer {
         let seq = u64::try_from(i64::try_from(seq)?).ok();
         if let Some(seq) = seq {
             self.empty();
-            let commit = self.runtime.block_on(Commits::new(&self.run).read(seq))?;
-            self.runtime.block_on(self.learner.restore(&self.run, &commit, &self.subset))?;
-            self.position = self.runtime.block_on(Position::of(&self.run, &commit))?;
+            let mut wait = self.wait(session, &self.run, 0);
+            let commit = wait.block_on(&self.runtime, Commits::new(&self.run).read(seq))??;
+            let (run, runtime) = (self.run.clone(), self.runtime.clone());
+            wait.block_on(&runtime, self.learner.restore(&run, &commit, &self.subset))??;
+            self.position = wait.block_on(&runtime, Position::of(&run, &commit))??;
             // An epoch that ended has no more use for its clusters.
             self.labelled = (!self.position.is_over(&self.subset.unused())).then_some(self.position.epoch);
             self.committed = Some((commit.progress.step, seq, commit.progress.done));

@@ -1,6 +1,7 @@
 //! Storage that fails on purpose: which request is hit by what, drawn from a seed or said by a test.
 //!
-//! [`FaultyStore`] injects into any other store. A server that speaks S3 can draw from the same [`Faults`].
+//! [`FaultyStore`] injects into any other store. A server that speaks S3 can draw from the same [`Faults`]. With the feature `faults`
+//! every store that is opened is a faulty one where the environment asks for it.
 
 mod plan;
 mod wrapper;
@@ -94,6 +95,20 @@ impl Hit {
     pub fn part_of(self, whole: u64) -> u64 {
         if whole == 0 { 0 } else { (self.draw >> 8) % whole }
     }
+}
+
+/// A store that fails as the environment asks.
+#[cfg(feature = "faults")]
+pub(super) fn as_asked(
+    store: super::Store,
+    env: &dyn Fn(&str) -> Option<String>,
+) -> Result<super::Store, super::StoreError> {
+    let variable = "SGCL_STORE_FAULTS";
+    let Some(asked) = env(variable) else { return Ok(store) };
+    let plan = asked.parse().map_err(|source| super::StoreError::Faults { variable, source })?;
+    tracing::warn!(?plan, "storage fails on purpose");
+    let faults = Faults::new(plan);
+    Ok(store.wrapped(|inner| Arc::new(FaultyStore::new(inner, faults))))
 }
 
 /// Draws the fault of every request. Clones share one state.

@@ -108,8 +108,7 @@ impl FromStr for FaultPlan {
         let mut plan = Self::default();
         for pair in text.split(',').map(str::trim).filter(|pair| !pair.is_empty()) {
             let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let wrong =
-                |expected| PlanError::Value { key: key.to_owned(), value: value.to_owned(), expected };
+            let wrong = |expected| PlanError::Value { key: key.to_owned(), value: value.to_owned(), expected };
             let just = |share: &mut f64| parse_share(value).map(|s| *share = s).ok_or_else(|| wrong(SHARE));
             let timed = |share: &mut f64, time: &mut Duration| {
                 let (before, after) = value.split_once(':').unzip();
@@ -129,7 +128,8 @@ impl FromStr for FaultPlan {
                 "truncate" => just(&mut plan.truncate)?,
                 "full" => just(&mut plan.full)?,
                 "outage" => {
-                    let parts = value.split_once('@').and_then(|(time, at)| Some((parse_time(time)?, parse_share(at)?)));
+                    let parts =
+                        value.split_once('@').and_then(|(time, at)| Some((parse_time(time)?, parse_share(at)?)));
                     (plan.outage_for, plan.outage) = parts.ok_or_else(|| wrong(OUTAGE))?;
                 }
                 _ => return Err(PlanError::Key { key: key.to_owned() }),

@@ -96,11 +96,7 @@ impl ObjectStore for FaultyStore {
         }
     }
 
-    async fn put_multipart_opts(
-        &self,
-        location: &Path,
-        opts: PutMultipartOptions,
-    ) -> Result<Box<dyn MultipartUpload>> {
+    async fn put_multipart_opts(&self, location: &Path, opts: PutMultipartOptions) -> Result<Box<dyn MultipartUpload>> {
         let upload = suffer(&self.faults, Op::Start, self.inner.put_multipart_opts(location, opts)).await?;
         Ok(Box::new(FaultyUpload { upload, faults: self.faults.clone(), done: false }))
     }

@@ -23,7 +23,7 @@ const PAUSE: Duration = Duration::from_secs(10);
 
 enum Order {
     Take { step: Box<StepMetrics>, write: bool },
-    Flush(oneshot::Sender<Result<(), RunStoreError>>),
+    Flush { reply: oneshot::Sender<Result<(), RunStoreError>>, write: bool },
 }
 
 /// Where training hands its metrics in.
@@ -55,13 +55,13 @@ impl Metrics {
         }
     }
 
-    /// Resolves once everything handed in so far is in the bucket, or the storage refuses it.
-    pub(crate) fn flushed(&self) -> impl Future<Output = Result<()>> + Send + use<> {
+    /// Where this rank is to write: resolves once everything handed in so far is in the bucket, or the storage refuses it.
+    pub(crate) fn flushed(&self, write: bool) -> impl Future<Output = Result<()>> + Send + use<> {
         let orders = self.orders.clone();
         async move {
             let (reply, done) = oneshot::channel();
             let ended = "the metrics' writer ended";
-            orders.send(Order::Flush(reply)).await.ok().context(ended)?;
+            orders.send(Order::Flush { reply, write }).await.ok().context(ended)?;
             Ok(done.await.context(ended)??)
         }
     }
@@ -80,7 +80,10 @@ async fn write(mut writer: MetricsWriter, mut orders: mpsc::Receiver<Order>) {
                     writer.push(*step);
                     writes = write;
                 }
-                Order::Flush(reply) => asked.push(reply),
+                Order::Flush { reply, write } => {
+                    asked.push(reply);
+                    writes = write;
+                }
             }
             // No more than one chunk at a time, so that the channel is what fills up.
             next = if writer.pending() < CHUNK { orders.try_recv().ok() } else { None };

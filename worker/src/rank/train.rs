@@ -440,7 +440,7 @@ impl Trainer {
         let parts = self.learner.snapshot(rank, &self.subset)?;
         let writer = PartWriter::new(&self.run, generation, step);
         let (reporter, position, world) = (session.reporter(), self.position.clone(), self.place.world());
-        let metrics = self.metrics.flushed();
+        let metrics = self.metrics.flushed(rank == 0);
         let upload = self.runtime.spawn(async move {
             // Nothing is committed whose metrics are not there.
             metrics.await?;
@@ -480,7 +480,7 @@ impl Trainer {
         let tensors = self.learner.model.backbone.state();
         let tensors = tensors.into_iter().map(|(name, tensor)| to_stored(name, &tensor)).collect::<Result<Vec<_>>>()?;
         self.wait(session, &self.run, self.position.epoch_step).block_on(&self.runtime, async {
-            self.metrics.flushed().await?;
+            self.metrics.flushed(true).await?;
             let (_, seq, _) = self.committed.context("a run without a commit cannot be exported")?;
             let commit = Commits::new(&self.run).read(seq).await?;
             let folder = export::write_export(&self.run, &self.spec, &commit, &tensors, Timestamp::now()).await?;

@@ -11,14 +11,35 @@
 using sgcl::guarded;
 using std::chrono::milliseconds;
 
+// Gloo's own header of this class includes one that Debian's libgloo-dev leaves out. What is named here libtorch_cpu.so exports; its
+// first virtual function being defined there, so is its type.
+namespace gloo::transport::tcp {
+class Pair : public ::gloo::transport::Pair {
+ public:
+  ~Pair() override;
+  // Fails the connection as a reset by the peer would: whoever waits on it hears of it, and so does whoever comes later.
+  std::exception_ptr signalExceptionExternal(const std::string& why);
+};
+}  // namespace gloo::transport::tcp
+
 namespace {
 
-// ProcessGroupGloo inherits an abort() that does nothing. Closing the connections is what frees the peers.
+// ProcessGroupGloo inherits an abort() that does nothing. Merely closing the connections would free the peers alone: a collective of
+// this process that waits on one, or that begins later, would last until its timeout.
 class Gloo : public c10d::ProcessGroupGloo {
  public:
   using c10d::ProcessGroupGloo::ProcessGroupGloo;
   void abort() override {
-    for (auto& context : contexts_) context->closeConnections();
+    for (auto& context : contexts_) {
+      for (int rank = 0; rank < context->size; rank++) {
+        // None to itself.
+        auto& pair = context->getPair(rank);
+        if (auto* connection = dynamic_cast<gloo::transport::tcp::Pair*>(pair.get())) {
+          connection->signalExceptionExternal("Connection closed: this process aborted the group");
+        }
+      }
+      context->closeConnections();
+    }
   }
 };
 

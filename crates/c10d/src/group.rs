@@ -242,9 +242,8 @@ impl ProcessGroup {
         check("barrier", |message| unsafe { ffi::sgcl_barrier(self.as_ptr(), message) })
     }
 
-    /// Breaks the group's connections at once, from any thread: peers that wait for this rank fail within moments.
-    ///
-    /// Under Gloo a collective that *this* process is blocked in ends when a peer closes too, at the latest with its timeout.
+    /// Breaks the group's connections at once, from any thread: whoever waits in a collective, here or on a peer, fails within moments,
+    /// and so does every later one.
     ///
     /// # Errors
     /// libtorch could not; the group is of no more use either way.

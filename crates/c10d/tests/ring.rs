@@ -23,6 +23,7 @@ fn a_rank_of_the_other_tests() {
         "peer dies" => peer_dies(&rank),
         "peer dies in backward" => peer_dies_in_backward(&rank),
         "peer aborts" => peer_aborts(&rank),
+        "own abort" => own_abort(&rank),
         other => panic!("no scenario {other}"),
     }
 }
@@ -310,6 +311,38 @@ fn peer_aborts(me: &Rank) {
         store.wait("freed", LONG).unwrap();
         std::thread::sleep(Duration::from_millis(200));
     }
+}
+
+#[test]
+fn a_rank_that_aborts_is_freed_itself_though_its_peers_keep_their_connections() {
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(run("own abort", 2, folder.path()), [Some(0), Some(0)]);
+}
+
+fn own_abort(me: &Rank) {
+    let store = me.store(LONG);
+    let group = me.group(&store, "generation-1");
+    group.barrier().unwrap();
+    if me.rank == 1 {
+        // As a rank that hangs: it neither comes nor goes.
+        store.wait("freed", LONG).unwrap();
+        return;
+    }
+    let reduce = || group.all_reduce(&mut Tensor::from_slice(&[1_f32]), Reduce::Sum).unwrap_err();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(reduce);
+        // Most often it waits by then; should it not, the error is the same.
+        std::thread::sleep(Duration::from_millis(200));
+        group.abort().unwrap();
+        // A timeout would be another error.
+        let error = waiting.join().unwrap();
+        assert!(matches!(error, Error::Broken { .. }), "{error}");
+    });
+    let error = reduce();
+    assert!(matches!(error, Error::Broken { .. }), "begun after the abort: {error}");
+    store.set("freed", b"yes").unwrap();
+    // The store lives here: let the peer read before it goes.
+    std::thread::sleep(Duration::from_millis(200));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use sgcl_coordinator::launcher::Ended;
 use sgcl_coordinator::{Change, Launcher, Outcome, ProcessLauncher};
 use sgcl_patchset::{PatchSet, Store};
-use sgcl_runstore::metrics::{StepMetrics, read_metrics};
+use sgcl_runstore::metrics::StepMetrics;
 use sgcl_runstore::verify::{Proof, verify};
 use sgcl_runstore::{Commits, RunConfig, RunName, Spec};
 use tokio::sync::mpsc;
@@ -169,18 +169,12 @@ pub async fn measure(args: &Args, log: &Log) -> Found {
     let seconds = began.elapsed().as_secs_f64();
     let seen = watch.await.unwrap();
     let run = RunName::new(RUN).unwrap().store(&place.bucket);
-    let steps = read_metrics(&run).await.unwrap();
+    let steps = every_step(&run).await;
     let effects = hits.iter().map(|hit| (hit.fault, effects(args, hit, &seen, &steps, log))).collect();
     let spec = Spec::find(&run).await.unwrap().unwrap();
     let set = PatchSet::open(&place.data).await.unwrap();
     let proof = verify(&Commits::new(&run), &spec, &set, |_, _| {}).await.unwrap();
-    Found {
-        effects,
-        commits: commits(&run, &seen, &steps).await,
-        step: pace(&steps, &seen, world),
-        proof,
-        seconds,
-    }
+    Found { effects, commits: commits(&run, &seen, &steps).await, step: pace(&steps, &seen, world), proof, seconds }
 }
 
 /// Waits until every rank trains and `step` is finished.
@@ -300,13 +294,28 @@ fn effects(args: &Args, hit: &Hit, seen: &Seen, steps: &[StepMetrics], log: &Log
         stepping: next.map(|_| end),
         full: full.map(|step| since(step.time)),
         join,
-        // Steps that were undone are no longer told of.
+        // What was not written yet when every rank was killed is not told of.
         still: if back.is_some() { next.map(|_| end) } else { before.zip(next).map(|(a, b)| between(a.time, b.time)) },
         while_away,
         phases: phases.found,
         join_phases,
         note: back.map_or_else(String::new, |seq| format!("back to commit {seq}")),
     }
+}
+
+/// All steps that were finished, also those that a later generation undid, as time went.
+async fn every_step(run: &Store) -> Vec<StepMetrics> {
+    let mut steps = BTreeMap::new();
+    for chunk in run.list("metrics").await.unwrap() {
+        let text = run.get(&chunk.rel, 64 << 20).await.unwrap();
+        for line in text.split(|b| *b == b'\n').filter(|line| !line.is_empty()) {
+            let step: StepMetrics = serde_json::from_slice(line).unwrap();
+            steps.insert((step.generation, step.step), step);
+        }
+    }
+    let mut steps: Vec<StepMetrics> = steps.into_values().collect();
+    steps.sort_by_key(|step| step.time);
+    steps
 }
 
 /// Seconds from the end of a checkpoint's step to its commit.

@@ -122,10 +122,10 @@ fn args() -> Args {
         let mut value = || given.next().unwrap_or_else(|| panic!("{arg} wants a value\n{HELP}"));
         match arg.as_str() {
             "--quick" => {
-                args.faults = Kind::ALL.to_vec();
-                (args.steps, args.every, args.ranks, args.method) = (240, 40, 1, "npid".into());
-                (args.away, args.hang_wait) = (Duration::from_secs(5), Duration::from_secs(6));
-                (args.repeat, args.cost_steps, args.cost_every) = (1, 60, 25);
+                args.faults = vec![Kind::Notice, Kind::Rank, Kind::All, Kind::Hang];
+                (args.steps, args.every, args.ranks, args.method) = (160, 40, 1, "npid".into());
+                args.hang_wait = Duration::from_secs(5);
+                (args.repeat, args.cost_steps, args.cost_every) = (1, 50, 20);
             }
             "--parts" => args.parts = value().split(',').map(String::from).collect(),
             "--faults" => args.faults = value().split(',').map(|kind| kind.parse().expect(HELP)).collect(),
@@ -163,7 +163,13 @@ fn main() {
     let log = figures::Log::install(args.log.as_deref());
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let ours = args.has("ours").then(|| runtime.block_on(ours::measure(&args, &log)));
+    if let Some(found) = &ours {
+        table::each("sgcl", &found.effects);
+    }
     let torchrun = args.has("torchrun").then(|| torchrun::measure(&args));
+    if let Some(found) = &torchrun {
+        table::each("torchrun elastic", &found.effects);
+    }
     let cost = args.has("cost").then(|| runtime.block_on(cost::measure(&args)));
     let bars = table::print(&args, ours.as_ref(), torchrun.as_ref(), cost.as_ref());
     println!(

@@ -10,6 +10,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 python = $${SGCL_PYTHON:-$$(sed -n 's/^SGCL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)}
 
 .PHONY: help setup setup-tests build demo test test-goldens lint nccl bench-objective bench-kmeans bench-preemption doc clean
+.PHONY: help setup setup-tests build demo test test-simulation test-goldens lint nccl bench-objective bench-kmeans doc clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +37,9 @@ test: setup-tests ## every test; on nextest where it is installed
 	  cargo test --release --locked --workspace; \
 	fi
 	cargo test --release --locked -p sgcl-patchset --features faults --test environment
+
+test-simulation: ## the coordinator's decisions in a simulated world; SGCL_SEED is the first seed, SGCL_SEEDS how many
+	cargo test --release --locked -p sgcl-coordinator --test simulation -- --nocapture
 
 test-goldens: setup-tests ## the method against every case in the folder SGCL_GOLDENS names, listing what it read
 	cargo test --release --locked -p sgcl --test goldens -- --nocapture

@@ -9,8 +9,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 # Read back from what scripts/setup wrote for cargo; a value of the caller's own wins.
 python = $${SGCL_PYTHON:-$$(sed -n 's/^SGCL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)}
 
-.PHONY: help setup setup-tests build demo test test-goldens lint nccl bench-objective bench-kmeans bench-preemption doc clean
-.PHONY: help setup setup-tests build demo test test-simulation test-goldens lint nccl bench-objective bench-kmeans doc clean
+.PHONY: help setup setup-tests build demo test test-simulation test-goldens lint nccl bench-objective bench-kmeans bench-preemption doc clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

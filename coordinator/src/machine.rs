@@ -35,6 +35,10 @@ const BREAK_OFF_SILENT: Duration = Duration::from_secs(1);
 const HEARTBEATS: Duration = Duration::from_secs(3);
 /// Time for ranks of an earlier coordinator to come to this one.
 const FIND: Duration = Duration::from_secs(5);
+/// Time for a node to mend a broken line, beyond which it is lost.
+const MEND: Duration = Duration::from_secs(1);
+/// Longest time between two events: ticks come more often. Beyond it this coordinator was not running, or its clock was set.
+const AWAKE: Duration = Duration::from_millis(300);
 /// Time for an ended rank to be reported as ended, beyond which its node is given up.
 const REPORT: Duration = Duration::from_secs(3);
 
@@ -45,6 +49,12 @@ struct Node {
     /// Order of joining: ranks are dealt in it.
     order: u64,
     leaving: bool,
+    /// Sent home: what it held was handed over, or it held nothing.
+    home: bool,
+    /// Its line is broken since.
+    cut: Option<Instant>,
+    /// The launcher says that it has ended.
+    ended: bool,
 }
 
 #[derive(Debug)]
@@ -52,16 +62,34 @@ struct Slot {
     attempt: u32,
     node: Option<String>,
     launched: bool,
+    /// Started by an earlier coordinator.
+    adopted: bool,
+}
+
+impl Slot {
+    fn empty(attempt: u32, launched: bool) -> Self {
+        Slot { attempt, node: None, launched, adopted: false }
+    }
 }
 
 #[derive(Debug)]
 struct Rank {
     attempt: u32,
     state: RankState,
+    /// It has been in a generation, and may hold what nobody else has.
+    holds: bool,
+    /// Ran before this coordinator knew its node, and has not said what it does.
+    unknown: Option<Instant>,
     /// Ended by us: its exit is no news.
     killed: bool,
     /// What it said when it gave up.
     failure: Option<String>,
+}
+
+impl Rank {
+    fn starting(attempt: u32) -> Self {
+        Rank { attempt, state: RankState::Starting, holds: false, unknown: None, killed: false, failure: None }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,12 +102,32 @@ enum RankState {
 
 #[derive(Debug)]
 enum State {
-    Finding { until: Instant, found: BTreeMap<Place, Membership> },
-    Gathering { since: Instant },
-    Forming { heard: Instant, members: Members },
-    Training { heard: Instant, members: Members },
-    Pausing { until: Instant, hard: bool, members: Members },
-    Ending { since: Instant, outcome: Outcome },
+    /// `members` is what ranks have said of their generation.
+    Finding {
+        until: Instant,
+        found: BTreeMap<Place, Membership>,
+        members: Members,
+    },
+    Gathering {
+        since: Instant,
+    },
+    Forming {
+        heard: Instant,
+        members: Members,
+    },
+    Training {
+        heard: Instant,
+        members: Members,
+    },
+    Pausing {
+        until: Instant,
+        hard: bool,
+        members: Members,
+    },
+    Ending {
+        since: Instant,
+        outcome: Outcome,
+    },
     Ended,
 }
 
@@ -87,12 +135,26 @@ enum State {
 #[derive(Debug, Default)]
 struct Members {
     places: Vec<Place>,
+    /// How many there were: more than places where some were not found.
+    world: usize,
     reunited: BTreeSet<Place>,
     finished: BTreeSet<Place>,
     stopped: bool,
     parts: BTreeMap<u64, BTreeSet<Place>>,
     from_commit: Option<u64>,
     step: u64,
+    /// Where rank 0's store listens.
+    store: Option<u32>,
+    /// What they were asked when the generation is to end after a step.
+    pause: Option<Pause>,
+}
+
+/// The order to make room.
+#[derive(Clone, Debug)]
+struct Pause {
+    reason: String,
+    leaving: Vec<u32>,
+    commit: bool,
 }
 
 /// What a rank says of its generation.
@@ -125,19 +187,32 @@ pub struct Machine {
     ranks: BTreeMap<Place, Rank>,
     joins: u64,
     generation: u64,
+    /// The next generation comes after this one, too.
+    base: u64,
+    /// Newest generation that has trained: whoever was not in it holds something old.
+    trained: u64,
     restarts: u32,
     /// Newest step that a rank told of.
     step: u64,
     stop: Option<String>,
     episode: Option<Episode>,
     newcomers: Option<Instant>,
+    /// Newest commit that this coordinator knows: generation, number, step.
+    committed: Option<(u64, u64, u64)>,
+    /// What ranks said before their node was known.
+    early: BTreeMap<Place, Vec<Event>>,
+    /// When nodes of an earlier coordinator must have come.
+    adopt_until: Instant,
+    /// Clock at the last event, and how long this coordinator was not running.
+    seen: Instant,
+    slept: Duration,
 }
 
 impl Machine {
     /// A run whose last generation was `generation` (0 for a new one), and the first effects: its nodes.
     #[must_use]
     pub fn start(settings: Settings, generation: u64, now: Instant) -> (Self, Vec<Effect>) {
-        let mut machine = Self::new(settings, generation, State::Gathering { since: now });
+        let mut machine = Self::new(settings, generation, State::Gathering { since: now }, now);
         let mut launch = Vec::new();
         machine.launch_missing(&mut launch);
         (machine, launch)
@@ -146,23 +221,36 @@ impl Machine {
     /// A run that another coordinator may have left training: its nodes are waited for before any is started.
     #[must_use]
     pub fn take_over(settings: Settings, generation: u64, now: Instant) -> Self {
-        Self::new(settings, generation, State::Finding { until: now + FIND, found: BTreeMap::new() })
+        let machine = Self::new(
+            settings,
+            generation,
+            State::Finding { until: now + FIND, found: BTreeMap::new(), members: Members::default() },
+            now,
+        );
+        Machine { generation: 0, trained: 0, ..machine }
     }
 
-    fn new(settings: Settings, generation: u64, state: State) -> Self {
+    fn new(settings: Settings, generation: u64, state: State, now: Instant) -> Self {
         Machine {
-            slots: (0..settings.nodes).map(|slot| (slot, Slot { attempt: 0, node: None, launched: false })).collect(),
+            slots: (0..settings.nodes).map(|slot| (slot, Slot::empty(0, false))).collect(),
+            adopt_until: now + settings.startup_timeout,
             settings,
             state,
             nodes: BTreeMap::new(),
             ranks: BTreeMap::new(),
             joins: 0,
             generation,
+            base: generation,
+            trained: generation,
             restarts: 0,
             step: 0,
             stop: None,
             episode: None,
             newcomers: None,
+            committed: None,
+            early: BTreeMap::new(),
+            seen: now,
+            slept: Duration::ZERO,
         }
     }
 
@@ -188,24 +276,44 @@ impl Machine {
     /// Takes an event. Events of other generations or attempts than the current ones change nothing.
     pub fn handle(&mut self, now: Instant, event: Event) -> Vec<Effect> {
         let mut effects = Vec::new();
+        let now = self.time(now);
+        self.take(now, event, &mut effects);
+        self.advance(now, &mut effects);
+        effects
+    }
+
+    /// The clock without the time in which this coordinator did not run: nobody was silent then, it was not listening.
+    fn time(&mut self, now: Instant) -> Instant {
+        self.slept += now.saturating_duration_since(self.seen).saturating_sub(AWAKE);
+        self.seen = self.seen.max(now);
+        now.checked_sub(self.slept).unwrap_or(now)
+    }
+
+    fn take(&mut self, now: Instant, event: Event, effects: &mut Vec<Effect>) {
         let current = self.generation;
         match event {
             Event::NodeJoined { node, slot, address, ranks } => {
-                self.node_joined(node, slot, address, &ranks, &mut effects);
+                self.node_joined(now, node, slot, address, &ranks, effects);
+            }
+            Event::Launched { slot, attempt } => self.launched(slot, attempt, effects),
+            Event::RankReturned { ref place, .. } | Event::RankReady { ref place, .. }
+                if !self.nodes.contains_key(&place.0) =>
+            {
+                self.too_early(place.clone(), event);
             }
             Event::RankReturned { place, attempt, generation, rank, world } => {
-                self.rank_returned(now, place, attempt, Membership { generation, rank, world }, &mut effects);
+                self.rank_returned(now, place, attempt, Membership { generation, rank, world }, effects);
             }
-            Event::NodeLost { node } => self.node_lost(now, &node, &mut effects),
-            Event::LaunchEnded { slot, attempt, code } => self.launch_ended(now, slot, attempt, code, &mut effects),
-            Event::Preempting { node, .. } => self.preempting(now, &node, &mut effects),
+            Event::NodeLost { node } => self.line_broke(now, &node, effects),
+            Event::LaunchEnded { slot, attempt, code } => self.launch_ended(now, slot, attempt, code, effects),
+            Event::Preempting { node, .. } => self.preempting(now, &node, effects),
             Event::RankExited { place, attempt, code, last_words } => {
-                self.rank_exited(now, &place, attempt, code, &last_words, &mut effects);
+                self.rank_exited(now, &place, attempt, code, &last_words, effects);
             }
             Event::RankReady { place, attempt, generation, broken } => {
-                self.rank_ready(now, &place, attempt, generation, broken, &mut effects);
+                self.rank_ready(now, &place, attempt, generation, broken, effects);
             }
-            Event::StoreListening { generation, port } if generation == current => self.rendezvous(port, &mut effects),
+            Event::StoreListening { generation, port } if generation == current => self.rendezvous(port, effects),
             Event::Reunited { generation, place, step, from_commit } if generation == current => {
                 self.reunited(now, place, step, from_commit);
             }
@@ -215,22 +323,30 @@ impl Machine {
             }
             Event::PartsWritten { generation, place, step } if generation == current => {
                 self.heard(now);
-                if let Some(members) = self.members_mut() {
+                if let Some((_, seq, step)) = self.committed.filter(|&(of, _, at)| (of, at) == (generation, step)) {
+                    // It was not told, or not by this coordinator.
+                    effects.push(Effect::TellCommitted { place, seq, step });
+                } else if let Some(members) = self.members_mut() {
                     let ranks = members.parts.entry(step).or_default();
                     ranks.insert(place);
-                    if ranks.len() == members.places.len() {
+                    if ranks.len() == members.world && members.world > 0 {
                         members.parts.remove(&step);
                         effects.push(Effect::WriteCommit { generation, step });
                     }
                 }
             }
-            Event::Committed { generation, seq, step } if generation == current => {
+            Event::Committed { generation, seq, step } => {
+                self.committed = Some((generation, seq, step));
+                self.trained = self.trained.max(generation);
+                if generation != current {
+                    return;
+                }
                 self.heard(now);
                 let places = self.members().map(|members| members.places.clone()).unwrap_or_default();
                 effects.extend(places.into_iter().map(|place| Effect::TellCommitted { place, seq, step }));
             }
             Event::CommitFailed { reason } => {
-                self.end(now, Outcome::Failed { message: reason, code: 1 }, &mut effects);
+                self.end(now, Outcome::Failed { message: reason, code: 1 }, effects);
             }
             Event::RankFinished { generation, place, stopped } if generation == current => {
                 self.heard(now);
@@ -245,16 +361,37 @@ impl Machine {
                 if let Some(rank) = self.ranks.get_mut(&place).filter(|rank| rank.attempt == attempt) {
                     rank.failure = Some(reason.clone());
                     if HOPELESS.contains(&code) {
-                        self.end(now, Outcome::Failed { message: reason, code }, &mut effects);
+                        self.end(now, Outcome::Failed { message: reason, code }, effects);
                     }
                 }
             }
-            Event::StopRequested => self.stop_requested(now, &mut effects),
-            Event::CancelRequested => self.end(now, Outcome::Cancelled, &mut effects),
+            Event::StopRequested => self.stop_requested(now, effects),
+            Event::CancelRequested => self.end(now, Outcome::Cancelled, effects),
             _ => {}
         }
-        self.advance(now, &mut effects);
-        effects
+    }
+
+    /// Ranks make their lines anew without waiting for their node: what they say is taken up when that has joined.
+    fn too_early(&mut self, place: Place, event: Event) {
+        if let Event::RankReturned { generation, .. } = event {
+            self.learn(generation);
+        }
+        let most = (self.settings.nodes * self.settings.ranks_per_node) as usize;
+        if place.1 < self.settings.ranks_per_node && (self.early.len() < most || self.early.contains_key(&place)) {
+            let said = self.early.entry(place).or_default();
+            if let Event::RankReturned { .. } = event {
+                said.clear();
+            }
+            said.truncate(1);
+            said.push(event);
+        }
+    }
+
+    /// A generation that an earlier coordinator has formed: what its ranks say counts, and the next one comes after it.
+    fn learn(&mut self, generation: u64) {
+        if let State::Finding { .. } | State::Gathering { .. } = self.state {
+            self.generation = self.generation.max(generation);
+        }
     }
 
     fn members(&self) -> Option<&Members> {
@@ -268,9 +405,10 @@ impl Machine {
 
     fn members_mut(&mut self) -> Option<&mut Members> {
         match &mut self.state {
-            State::Forming { members, .. } | State::Training { members, .. } | State::Pausing { members, .. } => {
-                Some(members)
-            }
+            State::Finding { members, .. }
+            | State::Forming { members, .. }
+            | State::Training { members, .. }
+            | State::Pausing { members, .. } => Some(members),
             _ => None,
         }
     }
@@ -287,6 +425,7 @@ impl Machine {
 
     fn node_joined(
         &mut self,
+        now: Instant,
         node: String,
         slot: u32,
         address: String,
@@ -294,31 +433,70 @@ impl Machine {
         effects: &mut Vec<Effect>,
     ) {
         if self.nodes.get(&node).is_some_and(|known| known.slot == slot) {
-            // Its line broke and is mended: what it had is as it was.
+            self.node_mended(now, &node, running, effects);
             return;
         }
-        let known = self.slots.get_mut(&slot).filter(|slot| slot.node.is_none() && !self.nodes.contains_key(&node));
+        // The next attempt must not have the name of one that lives.
+        let attempt: Option<u32> = node.rsplit_once('-').and_then(|(_, attempt)| attempt.parse().ok());
+        let known = self.slots.get_mut(&slot).filter(|slot| {
+            // One that was given up may still try to come back.
+            let given_up = slot.launched && attempt.is_some_and(|attempt| attempt < slot.attempt);
+            slot.node.is_none() && !self.nodes.contains_key(&node) && !given_up
+        });
         let Some(place) = known else {
             let reason = format!("slot {slot} of this run is filled by another node");
             effects.push(Effect::Leave { node, reason, code: YIELDED });
             return;
         };
         place.node = Some(node.clone());
-        // The next attempt must not have the name of one that lives.
-        let attempt = node.rsplit_once('-').and_then(|(_, attempt)| attempt.parse().ok());
         place.attempt = place.attempt.max(attempt.unwrap_or(0));
         self.joins += 1;
-        self.nodes.insert(node.clone(), Node { address, slot, order: self.joins, leaving: false });
+        let order = self.joins;
+        let joined = Node { address, slot, order, leaving: false, home: false, cut: None, ended: false };
+        self.nodes.insert(node.clone(), joined);
         for local in 0..self.settings.ranks_per_node {
             let place = (node.clone(), local);
             match running.iter().find(|(number, _)| *number == local) {
                 Some(&(_, attempt)) => {
-                    let rank = Rank { attempt, state: RankState::Starting, killed: false, failure: None };
-                    self.ranks.insert(place, rank);
+                    self.ranks.insert(place.clone(), Rank { unknown: Some(now), ..Rank::starting(attempt) });
+                    for event in self.early.remove(&place).unwrap_or_default() {
+                        self.take(now, event, effects);
+                    }
                 }
                 None => self.start_rank(place, 0, effects),
             }
         }
+    }
+
+    /// A node's line broke and is made anew: orders and reports may have been lost with it.
+    fn node_mended(&mut self, now: Instant, name: &str, running: &[(u32, u32)], effects: &mut Vec<Effect>) {
+        if let Some(node) = self.nodes.get_mut(name) {
+            node.cut = None;
+        }
+        for local in 0..self.settings.ranks_per_node {
+            let place = (name.to_owned(), local);
+            let Some(rank) = self.ranks.get(&place) else { continue };
+            let attempt = rank.attempt;
+            match (running.contains(&(local, attempt)), rank.state) {
+                (true, _) if rank.killed => effects.push(Effect::KillRank { place, attempt }),
+                (true, _) => {}
+                // The order to start it was lost, most likely.
+                (false, RankState::Starting) if !self.over() => self.start_rank(place, attempt + 1, effects),
+                (false, _) => {
+                    let words = "its end was not heard of, since the node's line was broken";
+                    self.rank_exited(now, &place, attempt, 1, words, effects);
+                }
+            }
+        }
+    }
+
+    /// What the launcher has of an earlier coordinator: it is waited for, not started again.
+    fn launched(&mut self, slot: u32, attempt: u32, effects: &mut Vec<Effect>) {
+        let Some(place) = self.slots.get_mut(&slot).filter(|slot| slot.node.is_none()) else { return };
+        if place.launched && place.attempt != attempt {
+            effects.push(Effect::Discard { slot, attempt: place.attempt.min(attempt) });
+        }
+        *place = Slot { adopted: true, ..Slot::empty(place.attempt.max(attempt), true) };
     }
 
     fn rank_returned(
@@ -329,73 +507,163 @@ impl Machine {
         member: Membership,
         effects: &mut Vec<Effect>,
     ) {
-        let reason = "another coordinator came, and this generation is not whole";
         let Some(rank) = self.ranks.get_mut(&place).filter(|rank| rank.attempt == attempt) else { return };
-        if rank.state == RankState::Member && member.generation == self.generation {
-            // Its line broke and is mended.
+        if rank.state == RankState::Member && member.generation == self.generation && rank.unknown.is_none() {
+            self.say_again(&place, effects);
             return;
         }
-        rank.state = RankState::Member;
-        if let State::Finding { found, until } = &mut self.state {
+        if !matches!(self.state, State::Finding { .. }) && rank.state != RankState::Starting {
+            // Of a generation that it has left since: that message was late.
+            return;
+        }
+        (rank.unknown, rank.holds) = (None, true);
+        if let State::Finding { found, until, .. } = &mut self.state {
+            rank.state = RankState::Member;
+            self.generation = self.generation.max(member.generation);
             found.insert(place, member);
             *until = (*until).max(now + HEARTBEATS);
             return;
         }
         // Too late to be taken over as a whole.
-        effects.push(Effect::Regroup { place, generation: member.generation, reason: reason.into() });
+        let reason = "another coordinator came, and this generation is not whole".to_owned();
+        effects.push(Effect::Regroup { place, generation: member.generation, reason });
     }
 
-    /// Takes over what was found training, once it is whole or has been waited for.
-    fn find(&mut self, now: Instant, effects: &mut Vec<Effect>) {
-        let State::Finding { until, found } = &mut self.state else { return };
-        let newest = found.values().map(|member| member.generation).max();
-        let Some(generation) = newest else {
-            if now >= *until {
-                self.state = State::Gathering { since: now };
-                self.launch_missing(effects);
+    /// A member's line is made anew: what it had not been told yet it is told now.
+    fn say_again(&self, place: &Place, effects: &mut Vec<Effect>) {
+        let (place, generation) = (place.clone(), self.generation);
+        if let Some((_, seq, step)) = self.committed.filter(|(of, ..)| *of == generation) {
+            effects.push(Effect::TellCommitted { place: place.clone(), seq, step });
+        }
+        match &self.state {
+            // Ranks that another coordinator has found training may still look for each other.
+            State::Forming { members, .. } | State::Training { members, .. } => {
+                if let (Some(port), Some(host)) = (members.store, self.host(members)) {
+                    effects.push(Effect::Rendezvous { place: place.clone(), host, port });
+                }
+                if let (State::Training { .. }, Some(reason)) = (&self.state, self.stop.clone()) {
+                    effects.push(Effect::Stop { place, reason });
+                }
             }
-            return;
-        };
+            State::Pausing { hard: false, members, .. } => {
+                if let Some(Pause { reason, leaving, commit }) = members.pause.clone() {
+                    effects.push(Effect::Pause { place, generation, reason, leaving, commit });
+                }
+            }
+            State::Pausing { hard: true, .. } => {
+                let reason = self.episode.as_ref().map_or_else(String::new, |episode| episode.reason.clone());
+                effects.push(Effect::Regroup { place, generation, reason });
+            }
+            _ => {}
+        }
+    }
+
+    /// Takes over what was found training once it is whole. Otherwise, when there was time to come, whoever may hold state is called
+    /// together.
+    fn find(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let State::Finding { until, found, members } = &mut self.state else { return };
+        let newest = found.values().map(|member| member.generation).max().unwrap_or(0);
         let mut places: Vec<(u32, Place)> = found
             .iter()
-            .filter(|(_, member)| member.generation == generation)
+            .filter(|(_, member)| member.generation == newest)
             .map(|(place, member)| (member.rank, place.clone()))
             .collect();
         places.sort_unstable();
-        let world = found.values().filter(|m| m.generation == generation).map(|m| m.world).max().unwrap_or(0);
-        let whole = places.len() as u32 == world;
+        let world = found.values().filter(|m| m.generation == newest).map(|m| m.world).max().unwrap_or(0);
+        let whole = !places.is_empty() && places.len() as u32 == world && newest >= self.trained;
         if !whole && now < *until {
             return;
         }
-        let places = places.into_iter().map(|(_, place)| place).collect();
-        self.generation = self.generation.max(generation);
-        let members = Members { places, ..Members::default() };
-        self.state = State::Training { heard: now, members };
-        effects.push(Effect::Found { generation, world });
-        if !whole || self.generation != generation {
-            let reason = "the coordinator was lost, and ranks with it".to_owned();
-            self.break_off(now, reason, Some(true), BREAK_OFF, effects);
+        if whole {
+            let places: Vec<Place> = places.into_iter().map(|(_, place)| place).collect();
+            let said = std::mem::take(members);
+            let told = said.parts.iter().flat_map(|(&step, of)| of.iter().map(move |place| (step, place.clone())));
+            let told: Vec<(u64, Place)> = told.collect();
+            let members = Members { world: places.len(), places, parts: BTreeMap::new(), ..said };
+            let store = members.store;
+            let generation = newest;
+            (self.generation, self.trained) = (newest, newest);
+            self.state = State::Training { heard: now, members };
+            effects.push(Effect::Found { generation, world });
+            if let Some(port) = store {
+                self.rendezvous(port, effects);
+            }
+            for (step, place) in told {
+                self.take(now, Event::PartsWritten { generation, place, step }, effects);
+            }
+            self.send_stop(effects);
+            self.launch_missing(effects);
+            return;
+        }
+        let reason = "the coordinator was lost, and ranks with it".to_owned();
+        for (place, member) in found.iter() {
+            let (place, reason) = (place.clone(), reason.clone());
+            effects.push(Effect::Regroup { place, generation: member.generation, reason });
+        }
+        // Those of whom nothing is known may hold what is needed, too.
+        let mut away: Vec<Place> = found.keys().cloned().collect();
+        for (place, rank) in self.ranks.iter_mut().filter(|(_, rank)| rank.unknown.is_some()) {
+            rank.state = RankState::Member;
+            away.push(place.clone());
+        }
+        let holds = !away.is_empty() || self.ranks.values().any(|rank| rank.holds);
+        if holds {
+            let members = Members { places: away, ..Members::default() };
+            self.begin(now, reason, Some(false), &members);
+            self.state = State::Pausing { until: now + BREAK_OFF, hard: true, members };
+        } else {
+            self.state = State::Gathering { since: now };
         }
         self.launch_missing(effects);
+        self.advance(now, effects);
     }
 
     fn start_rank(&mut self, place: Place, attempt: u32, effects: &mut Vec<Effect>) {
-        let rank = Rank { attempt, state: RankState::Starting, killed: false, failure: None };
-        self.ranks.insert(place.clone(), rank);
+        self.ranks.insert(place.clone(), Rank::starting(attempt));
         effects.push(Effect::StartRank { place, attempt });
     }
 
-    fn node_lost(&mut self, now: Instant, name: &str, effects: &mut Vec<Effect>) {
+    /// A node's line broke. It makes it anew at once, unless it is gone.
+    fn line_broke(&mut self, now: Instant, name: &str, effects: &mut Vec<Effect>) {
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        node.cut = node.cut.or(Some(now));
+        if node.ended || node.home || self.over() {
+            self.node_lost(now, name, true, effects);
+        }
+    }
+
+    /// Gives up nodes that do not come back.
+    fn mend(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        let gone = |node: &Node| node.cut.is_some_and(|since| now.duration_since(since) >= MEND);
+        let gone: Vec<String> =
+            self.nodes.iter().filter(|(_, node)| gone(node)).map(|(name, _)| name.clone()).collect();
+        for name in gone {
+            self.node_lost(now, &name, true, effects);
+        }
+        if now >= self.adopt_until {
+            let adopted = |slot: &Slot| slot.adopted && slot.node.is_none();
+            let missing: Vec<u32> =
+                self.slots.iter().filter(|(_, slot)| adopted(slot)).map(|(&number, _)| number).collect();
+            for slot in missing {
+                self.relaunch(slot, effects);
+            }
+        }
+    }
+
+    fn node_lost(&mut self, now: Instant, name: &str, failure: bool, effects: &mut Vec<Effect>) {
         let Some(node) = self.nodes.remove(name) else { return };
         let member = self.members().is_some_and(|members| {
             members.places.iter().any(|place| place.0 == name && !members.finished.contains(place))
         });
         self.ranks.retain(|place, _| place.0 != name);
+        if let State::Finding { found, .. } = &mut self.state {
+            found.retain(|place, _| place.0 != name);
+        }
         if self.over() {
             return;
         }
         let reason = if node.leaving { format!("node {name} was preempted") } else { format!("node {name} was lost") };
-        self.lost(now, reason, !node.leaving, member, effects);
+        self.lost(now, reason, failure && !node.leaving, member, effects);
         self.relaunch(node.slot, effects);
     }
 
@@ -406,7 +674,7 @@ impl Machine {
         }
         if let Some(place) = self.slots.get_mut(&slot) {
             effects.push(Effect::Discard { slot, attempt: place.attempt });
-            *place = Slot { attempt: place.attempt + 1, node: None, launched: true };
+            *place = Slot::empty(place.attempt + 1, true);
             effects.push(Effect::Launch { slot, attempt: place.attempt });
         }
     }
@@ -414,10 +682,20 @@ impl Machine {
     fn launch_ended(&mut self, now: Instant, slot: u32, attempt: u32, code: i32, effects: &mut Vec<Effect>) {
         let Some(place) = self.slots.get(&slot).filter(|slot| slot.attempt == attempt) else { return };
         match place.node.clone() {
-            // Its stream's end tells the rest.
-            Some(node) => {
-                if let Some(node) = self.nodes.get_mut(&node) {
-                    node.leaving |= code == YIELDED;
+            // Its stream's end tells the rest, which may have come before.
+            Some(name) => {
+                let Some(node) = self.nodes.get_mut(&name) else { return };
+                node.ended = true;
+                node.leaving |= code == YIELDED;
+                if node.cut.is_some() {
+                    self.node_lost(now, &name, true, effects);
+                }
+            }
+            // It ended before this coordinator came.
+            None if matches!(self.state, State::Finding { .. }) => {
+                if let Some(place) = self.slots.get_mut(&slot) {
+                    effects.push(Effect::Discard { slot, attempt });
+                    *place = Slot::empty(attempt + 1, false);
                 }
             }
             None if self.over() => {}
@@ -430,15 +708,21 @@ impl Machine {
     }
 
     fn preempting(&mut self, now: Instant, name: &str, effects: &mut Vec<Effect>) {
+        let holds = self.ranks.iter().any(|(place, rank)| place.0 == name && (rank.holds || rank.unknown.is_some()));
         let Some(node) = self.nodes.get_mut(name) else { return };
         node.leaving = true;
-        // Where it trains, `advance` lets the step finish first.
-        let member = self.members().is_some_and(|members| members.places.iter().any(|place| place.0 == name));
-        if !member {
-            self.send_home(effects);
-        } else if let State::Training { .. } = self.state {
-            let remaining: BTreeSet<&String> =
-                self.nodes.iter().filter(|(_, node)| !node.leaving).map(|(name, _)| name).collect();
+        node.home |= !holds;
+        if node.home {
+            effects.push(go_home(name));
+            return;
+        }
+        // What it holds is handed over first: after the step where it trains, otherwise in the next generation.
+        if let State::Training { members, .. } = &self.state
+            && members.places.iter().any(|place| place.0 == name)
+        {
+            // Only members hold anything.
+            let stays = |place: &&Place| self.nodes.get(&place.0).is_some_and(|node| !node.leaving);
+            let remaining: BTreeSet<&String> = members.places.iter().filter(stays).map(|(node, _)| node).collect();
             let commit = (remaining.len() as u32) < self.settings.min_nodes;
             self.pause(now, format!("node {name} was told to leave"), commit, effects);
         }
@@ -464,6 +748,12 @@ impl Machine {
         if let State::Finding { found, .. } = &mut self.state {
             found.remove(place);
         }
+        let stopped = self.stop.is_some();
+        // A rank ends with 0 when all is done, and where it could not say so the others do.
+        if let Some(members) = self.members_mut().filter(|_| code == 0 && member) {
+            members.finished.insert(place.clone());
+            members.stopped |= stopped;
+        }
         let finished = self.members().is_some_and(|members| members.finished.contains(place));
         if finished || self.over() {
             return;
@@ -473,7 +763,8 @@ impl Machine {
             return;
         }
         let leaving = self.nodes.get(node).is_none_or(|node| node.leaving);
-        self.lost(now, reason, !killed && !leaving, member, effects);
+        // One that ends with 0 had nothing left to do, and an earlier coordinator was to be told.
+        self.lost(now, reason, !killed && !leaving && code != 0, member, effects);
         if !leaving && !self.over() {
             self.start_rank(place.clone(), attempt + 1, effects);
         }
@@ -519,23 +810,65 @@ impl Machine {
     ) {
         let current = self.generation;
         let Some(rank) = self.ranks.get_mut(place).filter(|rank| rank.attempt == attempt) else { return };
-        if rank.state == RankState::Member && generation != current {
+        if generation > 0 && generation < self.trained && !rank.killed {
+            // Others have trained on without it. What it holds is of another past, maybe: it begins anew.
+            rank.killed = true;
+            effects.push(Effect::KillRank { place: place.clone(), attempt });
             return;
         }
+        rank.holds |= generation > 0;
         let member = rank.state == RankState::Member;
+        if member && rank.unknown.is_none() && generation < current {
+            match &mut self.state {
+                // Said on an earlier line as well: the assignment that answered it was lost with that line.
+                State::Forming { .. } => return self.assign_again(place, effects),
+                // It is in a newer generation, and said this before.
+                State::Finding { found, .. } => match found.get(place) {
+                    Some(member) if member.generation > generation => return,
+                    _ => drop(found.remove(place)),
+                },
+                _ => {}
+            }
+        }
+        rank.unknown = None;
         rank.state = RankState::Ready;
-        if let (true, Some(broken)) = (member, broken) {
+        self.learn(generation);
+        if let State::Finding { until, .. } = &mut self.state {
+            *until = (*until).max(now + HEARTBEATS);
+        }
+        if let (true, Some(broken)) = (member && generation == current, broken) {
             self.break_off(now, format!("the ring broke: {broken}"), None, BREAK_OFF, effects);
         }
     }
 
-    /// Tells the ranks where the store is.
-    fn rendezvous(&self, port: u32, effects: &mut Vec<Effect>) {
+    fn assign_again(&self, place: &Place, effects: &mut Vec<Effect>) {
         let State::Forming { members, .. } = &self.state else { return };
-        let host = members.places.first().and_then(|(node, _)| self.nodes.get(node)).map(|n| n.address.clone());
-        let Some(host) = host else { return };
+        let Some((rank, _)) = (0..).zip(&members.places).find(|(_, other)| *other == place) else { return };
+        let nodes = nodes_of(&members.places);
+        effects.push(Effect::Assign { place: place.clone(), generation: self.generation, rank, nodes });
+        if let (Some(port), Some(host)) = (members.store, self.host(members)) {
+            effects.push(Effect::Rendezvous { place: place.clone(), host, port });
+        }
+    }
+
+    /// Where rank 0 is reached.
+    fn host(&self, members: &Members) -> Option<String> {
+        members.places.first().and_then(|(node, _)| self.nodes.get(node)).map(|node| node.address.clone())
+    }
+
+    /// Tells the ranks where the store is.
+    fn rendezvous(&mut self, port: u32, effects: &mut Vec<Effect>) {
+        if let Some(members) = self.members_mut() {
+            members.store = Some(port);
+        }
+        if !matches!(self.state, State::Forming { .. } | State::Training { .. }) {
+            return;
+        }
+        // Whoever is past that pays no heed.
+        let Some(host) = self.members().and_then(|members| self.host(members)) else { return };
+        let places = self.members().map(|members| members.places.as_slice()).unwrap_or_default();
         let tell = |place: &Place| Effect::Rendezvous { place: place.clone(), host: host.clone(), port };
-        effects.extend(members.places.iter().map(tell));
+        effects.extend(places.iter().map(tell));
     }
 
     fn reunited(&mut self, now: Instant, place: Place, step: u64, from_commit: Option<u64>) {
@@ -566,7 +899,7 @@ impl Machine {
     /// Lets the generation finish its step.
     fn pause(&mut self, now: Instant, reason: String, commit: bool, effects: &mut Vec<Effect>) {
         let State::Training { members, .. } = &mut self.state else { return };
-        let members = std::mem::take(members);
+        let mut members = std::mem::take(members);
         let goes = |place: &Place| self.nodes.get(&place.0).is_none_or(|node| node.leaving);
         let leaving: Vec<u32> = (0..).zip(&members.places).filter(|(_, place)| goes(place)).map(|(at, _)| at).collect();
         effects.extend(members.places.iter().map(|place| Effect::Pause {
@@ -576,6 +909,7 @@ impl Machine {
             leaving: leaving.clone(),
             commit,
         }));
+        members.pause = Some(Pause { reason: reason.clone(), leaving, commit });
         self.begin(now, reason, Some(false), &members);
         self.state = State::Pausing { until: now + self.settings.step_timeout, hard: false, members };
     }
@@ -595,6 +929,7 @@ impl Machine {
             | State::Pausing { hard: false, members, .. } => std::mem::take(members),
             _ => return,
         };
+        let members = Members { pause: None, ..members };
         effects.extend(self.away(&members).map(|place| Effect::Regroup {
             place: place.clone(),
             generation: self.generation,
@@ -617,13 +952,14 @@ impl Machine {
         })
     }
 
-    fn send_home(&self, effects: &mut Vec<Effect>) {
-        let reason = "this node was told to leave";
-        effects.extend(self.nodes.iter().filter(|(_, node)| node.leaving).map(|(node, _)| Effect::Leave {
-            node: node.clone(),
-            reason: reason.into(),
-            code: YIELDED,
-        }));
+    /// Lets go of the nodes whose shards were handed over.
+    fn send_home(&mut self, handed_over: &BTreeSet<String>, effects: &mut Vec<Effect>) {
+        for name in handed_over {
+            if let Some(node) = self.nodes.get_mut(name) {
+                node.home = true;
+                effects.push(go_home(name));
+            }
+        }
     }
 
     fn end(&mut self, now: Instant, outcome: Outcome, effects: &mut Vec<Effect>) {
@@ -645,9 +981,10 @@ impl Machine {
             .ranks
             .iter()
             .filter(|(_, rank)| rank.state == RankState::Ready)
-            .filter_map(|(place, _)| {
-                let node = self.nodes.get(&place.0).filter(|node| !node.leaving)?;
-                Some((node.order, place.clone()))
+            .filter_map(|(place, rank)| {
+                let node = self.nodes.get(&place.0).filter(|node| !node.home)?;
+                // One that leaves comes along where there is something to take from it.
+                (!node.leaving || rank.holds).then(|| (node.order, place.clone()))
             })
             .collect();
         ready.sort_unstable();
@@ -656,6 +993,7 @@ impl Machine {
 
     /// What follows from time and state alone.
     fn advance(&mut self, now: Instant, effects: &mut Vec<Effect>) {
+        self.mend(now, effects);
         match &mut self.state {
             State::Finding { .. } => self.find(now, effects),
             State::Gathering { since } => {
@@ -701,6 +1039,10 @@ impl Machine {
     }
 
     fn gather(&mut self, now: Instant, since: Instant, effects: &mut Vec<Effect>) {
+        if self.nodes.values().any(|node| node.cut.is_some()) {
+            // Soon mended or lost.
+            return;
+        }
         let Settings { nodes, min_nodes, ranks_per_node, startup_timeout, .. } = self.settings;
         let ready = self.ready();
         let mut by_node: BTreeMap<&String, u32> = BTreeMap::new();
@@ -708,9 +1050,15 @@ impl Machine {
         let whole = by_node.values().filter(|&&ranks| ranks == ranks_per_node).count() as u32;
         let waited = now.duration_since(since) >= startup_timeout;
         if self.episode.is_some() {
-            // Memory holds the state: go on with whoever is there.
+            // Memory holds the state: go on with whoever is there. Those who must leave do not wait for more.
+            let leaves = |node: &String| self.nodes.get(node).is_some_and(|node| node.leaving);
+            let leave = by_node.keys().any(|node| leaves(node));
             let some = by_node.len() as u32;
-            if some > 0 && (some >= min_nodes || self.stop.is_some()) {
+            let recent = |since: Instant| now.duration_since(since) < BREAK_OFF;
+            let unknown = self.ranks.values().any(|rank| !rank.killed && rank.unknown.is_some_and(recent));
+            if unknown && !waited {
+                // Those may hold what is needed, too.
+            } else if some > 0 && (some >= min_nodes || self.stop.is_some() || leave) {
                 self.form(now, ready, effects);
             } else if waited {
                 let reason = format!(
@@ -741,24 +1089,18 @@ impl Machine {
     }
 
     fn form(&mut self, now: Instant, places: Vec<Place>, effects: &mut Vec<Effect>) {
-        self.generation += 1;
-        let mut names: Vec<&String> = Vec::new();
-        let mut nodes = Vec::with_capacity(places.len());
-        for (node, _) in &places {
-            if names.last() != Some(&node) {
-                names.push(node);
-            }
-            nodes.push(names.len() as u32 - 1);
-        }
+        self.generation = self.generation.max(self.base) + 1;
+        let nodes = nodes_of(&places);
         for (rank, place) in (0..).zip(&places) {
             if let Some(rank) = self.ranks.get_mut(place) {
-                rank.state = RankState::Member;
+                (rank.state, rank.holds) = (RankState::Member, true);
             }
             let (place, nodes) = (place.clone(), nodes.clone());
             effects.push(Effect::Assign { place, generation: self.generation, rank, nodes });
         }
         self.newcomers = None;
-        self.state = State::Forming { heard: now, members: Members { places, ..Members::default() } };
+        self.state =
+            State::Forming { heard: now, members: Members { world: places.len(), places, ..Members::default() } };
     }
 
     fn train(&mut self, now: Instant, members: Members, effects: &mut Vec<Effect>) {
@@ -776,6 +1118,7 @@ impl Machine {
             }));
         }
         self.step = members.step;
+        self.trained = self.generation;
         effects.push(Effect::Started { generation: self.generation, world, from_commit });
         self.state = State::Training { heard: now, members };
         self.send_stop(effects);
@@ -800,7 +1143,8 @@ impl Machine {
             self.preempting(now, &node, effects);
             return;
         }
-        let newcomers = self.ready();
+        let mut newcomers = self.ready();
+        newcomers.retain(|(node, _)| self.nodes.get(node).is_some_and(|node| !node.leaving));
         let Some((node, _)) = newcomers.first() else {
             self.newcomers = None;
             return;
@@ -818,6 +1162,7 @@ impl Machine {
         let State::Pausing { until, hard, members } = &self.state else { return };
         let (until, hard) = (*until, *hard);
         let away: Vec<Place> = self.away(members).cloned().collect();
+        let handed_over = self.handed_over(members);
         if away.is_empty() {
             // Ranks finish together: one that has done so speaks for all.
             if !members.finished.is_empty() {
@@ -833,11 +1178,12 @@ impl Machine {
                     return;
                 }
             }
-            self.send_home(effects);
+            self.send_home(&handed_over, effects);
             self.state = State::Gathering { since: now };
             self.advance(now, effects);
             if let State::Gathering { .. } = self.state {
-                let (reason, least) = (self.episode.as_ref().map_or("", |e| e.reason.as_str()), self.settings.min_nodes);
+                let (reason, least) =
+                    (self.episode.as_ref().map_or("", |e| e.reason.as_str()), self.settings.min_nodes);
                 effects.push(Effect::Note { message: format!("{reason}; waiting for at least {least} node(s)") });
             }
         } else if now >= until {
@@ -847,6 +1193,20 @@ impl Machine {
                 self.silent(now, "the ranks did not come to the end of their step".into(), effects);
             }
         }
+    }
+
+    /// Nodes of which nothing is needed any more: all that stay have come back with what they took over.
+    fn handed_over(&self, members: &Members) -> BTreeSet<String> {
+        let leaving: BTreeSet<u32> = members.pause.iter().flat_map(|pause| pause.leaving.iter().copied()).collect();
+        let (leave, stay): (Vec<_>, Vec<_>) = (0..).zip(&members.places).partition(|(rank, _)| leaving.contains(rank));
+        let ready = |place: &Place| {
+            self.nodes.get(&place.0).is_some_and(|node| node.cut.is_none())
+                && self.ranks.get(place).is_some_and(|rank| rank.state == RankState::Ready)
+        };
+        if !stay.into_iter().all(|(_, place)| ready(place)) {
+            return BTreeSet::new();
+        }
+        leave.into_iter().map(|(_, (node, _))| node.clone()).collect()
     }
 
     /// Ladder: first the rank process, then its node.
@@ -865,7 +1225,8 @@ impl Machine {
             *until = now + REPORT;
         }
         for node in &nodes {
-            self.node_lost(now, node, effects);
+            // Counted when it fell silent.
+            self.node_lost(now, node, false, effects);
         }
         if !nodes.is_empty() {
             self.advance(now, effects);
@@ -881,4 +1242,21 @@ impl Machine {
         self.end(now, outcome, effects);
         self.advance(now, effects);
     }
+}
+
+fn go_home(node: &str) -> Effect {
+    Effect::Leave { node: node.to_owned(), reason: "this node was told to leave".into(), code: YIELDED }
+}
+
+/// The node of each rank, numbered from 0.
+fn nodes_of(places: &[Place]) -> Vec<u32> {
+    let mut names: Vec<&String> = Vec::new();
+    let mut nodes = Vec::with_capacity(places.len());
+    for (node, _) in places {
+        if names.last() != Some(&node) {
+            names.push(node);
+        }
+        nodes.push(names.len() as u32 - 1);
+    }
+    nodes
 }

@@ -31,6 +31,9 @@ pub enum Event {
     NodeJoined { node: String, slot: u32, address: String, ranks: Vec<(u32, u32)> },
     /// A supervisor's stream broke.
     NodeLost { node: String },
+    /// The launcher says, before anything else, that it has started this for an earlier coordinator. Where it has ended, `LaunchEnded`
+    /// follows.
+    Launched { slot: u32, attempt: u32 },
     /// The launcher says that what it had started for a slot has ended.
     LaunchEnded { slot: u32, attempt: u32, code: i32 },
     /// A node was told to leave.

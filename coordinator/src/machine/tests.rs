@@ -30,9 +30,21 @@ impl Run {
         effects
     }
 
+    /// Time passes as it does where ticks come: a leap would be this coordinator's own sleep.
     fn wait(&mut self, seconds: u64) -> Vec<Effect> {
-        self.now += Duration::from_secs(seconds);
-        self.on(Event::Tick)
+        let mut effects = Vec::new();
+        for _ in 0..seconds * 10 {
+            self.now += Duration::from_millis(100);
+            effects.extend(self.on(Event::Tick));
+        }
+        effects
+    }
+
+    /// A node's line breaks and is not mended.
+    fn lose(&mut self, node: &str) -> Vec<Effect> {
+        let mut effects = self.on(Event::NodeLost { node: node.into() });
+        effects.extend(self.wait(1));
+        effects
     }
 
     fn ready(&mut self, node: &str, local: u32, attempt: u32) -> Vec<Effect> {
@@ -177,7 +189,10 @@ fn a_ring_that_breaks_without_a_loss_counts_and_one_that_breaks_because_of_a_los
 fn a_node_told_to_leave_finishes_its_step_goes_and_is_replaced_without_counting() {
     let mut run = Run::training(2, 1, 0);
     let effects = run.on(Event::Preempting { node: "a".into(), deadline: Duration::from_secs(10) });
-    let pauses: Vec<_> = effects.iter().filter(|e| matches!(e, Effect::Pause { leaving, commit: false, .. } if leaving[..] == [0, 1])).collect();
+    let pauses: Vec<_> = effects
+        .iter()
+        .filter(|e| matches!(e, Effect::Pause { leaving, commit: false, .. } if leaving[..] == [0, 1]))
+        .collect();
     assert_eq!(pauses.len(), 4, "{effects:?}");
     for (node, local) in [("a", 0), ("a", 1), ("b", 0)] {
         run.ready(node, local, 0);
@@ -315,7 +330,7 @@ fn a_new_coordinator_takes_over_what_trains_and_starts_nothing_twice() {
     let parts = |node: &str| Event::PartsWritten { generation: 7, place: place(node, 0), step: 5 };
     run.on(parts("x-0-2"));
     assert_eq!(run.on(parts("x-1-0")), [Effect::WriteCommit { generation: 7, step: 5 }]);
-    let effects = run.on(Event::NodeLost { node: "x-0-2".into() });
+    let effects = run.lose("x-0-2");
     assert!(effects.contains(&Effect::Launch { slot: 0, attempt: 3 }), "a name nobody had: {effects:?}");
 }
 
@@ -335,4 +350,240 @@ fn a_new_coordinator_that_finds_nobody_or_not_all_starts_what_is_missing() {
     assert!(effects.contains(&Effect::Launch { slot: 1, attempt: 0 }));
     let assigned = run.on(Event::RankReady { place: place("x-0-0", 0), attempt: 0, generation: 7, broken: None });
     assert!(assigned.iter().any(|e| matches!(e, Effect::Assign { generation: 8, .. })), "{assigned:?}");
+}
+
+/// Two nodes whose one rank each trains in generation 7, found by another coordinator.
+fn taken_over() -> Run {
+    let settings = Run::new(2, 1, 1, 0).machine.settings;
+    let now = Instant::now();
+    Run { machine: Machine::take_over(settings, 4, now), now, log: Vec::new(), ranks: 1 }
+}
+
+fn returned(node: &str, generation: u64, rank: u32, world: u32) -> Event {
+    Event::RankReturned { place: place(node, 0), attempt: 0, generation, rank, world }
+}
+
+fn ready(node: &str, attempt: u32, generation: u64) -> Event {
+    Event::RankReady { place: place(node, 0), attempt, generation, broken: None }
+}
+
+#[test]
+fn a_line_that_is_mended_in_time_costs_nothing() {
+    let mut run = Run::training(1, 1, 0);
+    assert_eq!(run.on(Event::NodeLost { node: "b".into() }), []);
+    assert_eq!(run.on(joined("b", 1, &[(0, 0)])), []);
+    assert_eq!(run.wait(3), [], "nobody is given up");
+    let effects = run.lose("b");
+    assert!(matches!(outcome(&effects).or(outcome(&run.wait(11))), Some(Outcome::Failed { .. })), "gone for good");
+}
+
+#[test]
+fn a_node_that_the_launcher_knows_to_have_ended_is_not_waited_for() {
+    let mut run = Run::training(1, 1, 1);
+    run.on(Event::NodeLost { node: "b".into() });
+    let effects = run.on(Event::LaunchEnded { slot: 1, attempt: 0, code: 137 });
+    assert!(effects.contains(&Effect::Launch { slot: 1, attempt: 1 }), "{effects:?}");
+
+    let mut run = Run::training(1, 1, 0);
+    run.on(Event::LaunchEnded { slot: 1, attempt: 0, code: 75 });
+    let effects = run.on(Event::NodeLost { node: "b".into() });
+    assert!(effects.contains(&Effect::Launch { slot: 1, attempt: 1 }), "{effects:?}");
+    assert_eq!(outcome(&run.log), None, "it was told to leave: that is no failure");
+}
+
+#[test]
+fn orders_and_reports_that_went_with_a_broken_line_are_made_good() {
+    let mut run = Run::training(2, 1, 3);
+    run.on(Event::NodeLost { node: "b".into() });
+    let effects = run.on(joined("b", 1, &[(1, 0)]));
+    assert!(
+        effects.contains(&Effect::StartRank { place: place("b", 0), attempt: 1 }),
+        "its end was not heard: {effects:?}"
+    );
+    assert!(effects.iter().any(|e| matches!(e, Effect::Regroup { .. })));
+    let effects = run.on(joined("b", 1, &[(1, 0)]));
+    assert_eq!(effects, [Effect::StartRank { place: place("b", 0), attempt: 2 }], "nor was the order to start it");
+}
+
+#[test]
+fn an_assignment_that_went_with_a_broken_line_is_given_again() {
+    let mut run = Run::new(2, 1, 2, 0);
+    run.join("a", 0);
+    run.join("b", 1);
+    run.on(Event::StoreListening { generation: 1, port: 7 });
+    let effects = run.on(ready("b", 0, 0));
+    assert!(matches!(
+        &effects[..],
+        [Effect::Assign { generation: 1, rank: 1, .. }, Effect::Rendezvous { port: 7, .. }]
+    ));
+    let effects = run.on(returned("b", 1, 1, 2));
+    assert!(matches!(&effects[..], [Effect::Rendezvous { port: 7, .. }]), "it has the assignment: {effects:?}");
+}
+
+#[test]
+fn a_member_on_a_new_line_hears_again_what_it_may_have_missed() {
+    let mut run = Run::training(1, 1, 0);
+    run.on(Event::Committed { generation: 1, seq: 9, step: 5 });
+    let effects = run.on(returned("b", 1, 1, 2));
+    let told = Effect::TellCommitted { place: place("b", 0), seq: 9, step: 5 };
+    assert!(effects.contains(&told), "{effects:?}");
+    let parts = Event::PartsWritten { generation: 1, place: place("b", 0), step: 5 };
+    assert_eq!(run.on(parts), [told], "what is committed is not waited for");
+    run.on(Event::Preempting { node: "a".into(), deadline: Duration::from_secs(10) });
+    let effects = run.on(returned("b", 1, 1, 2));
+    assert!(effects.iter().any(|e| matches!(e, Effect::Pause { leaving, .. } if leaving[..] == [0])), "{effects:?}");
+}
+
+#[test]
+fn time_in_which_the_coordinator_did_not_run_is_nobodys_silence() {
+    let mut run = Run::training(1, 1, 0);
+    run.now += Duration::from_secs(3600);
+    assert_eq!(run.on(Event::Tick), []);
+    run.step(6);
+    assert_eq!(run.wait(29), []);
+    assert!(outcome(&run.wait(30)).is_some(), "a real silence is one");
+}
+
+#[test]
+fn a_hung_node_counts_as_one_failure() {
+    let mut run = Run::training(1, 1, 1);
+    run.wait(30);
+    run.ready("a", 0, 0);
+    run.wait(5);
+    assert_eq!(outcome(&run.log), None, "{:?}", run.log);
+    assert!(run.log.contains(&Effect::Discard { slot: 1, attempt: 0 }));
+}
+
+#[test]
+fn a_rank_that_ends_well_without_being_heard_is_no_failure() {
+    let mut run = Run::training(1, 1, 0);
+    run.on(Event::RankFinished { generation: 1, place: place("a", 0), stopped: false });
+    run.exit("b", 0, 0, 0);
+    let effects = run.exit("a", 0, 0, 0);
+    assert_eq!(outcome(&effects), Some(&Outcome::Finished));
+}
+
+#[test]
+fn a_node_told_to_leave_while_ranks_regroup_hands_over_first() {
+    let mut run = Run::training(1, 1, 3);
+    run.on(Event::RankReady { place: place("a", 0), attempt: 0, generation: 1, broken: Some("reset".into()) });
+    assert_eq!(run.on(Event::Preempting { node: "a".into(), deadline: Duration::from_secs(10) }), [], "not yet");
+    let assigned = run.ready("b", 0, 0);
+    assert_eq!(places(&assigned), [place("a", 0), place("b", 0)], "what it holds may be needed");
+    let effects = run.reunite(&assigned, 5);
+    assert!(effects.iter().any(|e| matches!(e, Effect::Pause { leaving, .. } if leaving[..] == [0])), "{effects:?}");
+    run.ready("b", 0, 0);
+    let effects = run.ready("a", 0, 0);
+    assert!(effects.iter().any(|e| matches!(e, Effect::Leave { node, code: 75, .. } if node == "a")), "{effects:?}");
+}
+
+#[test]
+fn a_node_stays_when_whoever_took_over_from_it_is_lost() {
+    let mut run = Run::training(1, 1, 3);
+    run.on(Event::Preempting { node: "a".into(), deadline: Duration::from_secs(10) });
+    run.ready("b", 0, 0);
+    run.exit("b", 0, 0, 137);
+    let effects = run.ready("a", 0, 0);
+    assert!(!effects.iter().any(|e| matches!(e, Effect::Leave { .. })), "{effects:?}");
+    assert_eq!(places(&effects), [place("a", 0)]);
+}
+
+#[test]
+fn what_the_last_members_leave_with_is_committed_whoever_else_is_there() {
+    let mut run = Run::training(1, 1, 3);
+    run.exit("b", 0, 0, 137);
+    let assigned = run.ready("a", 0, 0);
+    run.reunite(&assigned, 5);
+    let effects = run.on(Event::Preempting { node: "a".into(), deadline: Duration::from_secs(10) });
+    assert!(effects.iter().any(|e| matches!(e, Effect::Pause { commit: true, .. })), "b holds nothing: {effects:?}");
+}
+
+#[test]
+fn a_rank_that_missed_a_generation_begins_anew() {
+    let mut run = taken_over();
+    run.on(joined("x-0-0", 0, &[(0, 0)]));
+    run.on(returned("x-0-0", 7, 0, 1));
+    let effects = run.on(joined("x-1-0", 1, &[(0, 0)]));
+    assert_eq!(effects, []);
+    let effects = run.on(ready("x-1-0", 0, 6));
+    assert_eq!(
+        effects,
+        [Effect::KillRank { place: place("x-1-0", 0), attempt: 0 }],
+        "what it holds is of another past"
+    );
+    let effects = run.exit("x-1-0", 0, 0, 137);
+    assert_eq!(effects, [Effect::StartRank { place: place("x-1-0", 0), attempt: 1 }]);
+}
+
+#[test]
+fn ranks_that_come_before_their_nodes_are_taken_over_with_all_they_said() {
+    let mut run = taken_over();
+    let parts = |node: &str| Event::PartsWritten { generation: 7, place: place(node, 0), step: 5 };
+    run.on(returned("x-0-0", 7, 0, 2));
+    run.on(parts("x-0-0"));
+    run.on(returned("x-1-0", 7, 1, 2));
+    run.on(parts("x-1-0"));
+    run.on(joined("x-1-0", 1, &[(0, 0)]));
+    let effects = run.on(joined("x-0-0", 0, &[(0, 0)]));
+    assert_eq!(effects, [Effect::Found { generation: 7, world: 2 }, Effect::WriteCommit { generation: 7, step: 5 }]);
+}
+
+#[test]
+fn ranks_found_between_two_generations_go_on_at_once_in_a_newer_one() {
+    let mut run = taken_over();
+    run.on(joined("x-0-0", 0, &[(0, 0)]));
+    run.on(joined("x-1-0", 1, &[(0, 0)]));
+    run.on(ready("x-0-0", 0, 7));
+    run.on(ready("x-1-0", 0, 7));
+    let assigned = run.wait(6);
+    assert!(assigned.iter().any(|e| matches!(e, Effect::Assign { generation: 8, .. })), "{assigned:?}");
+    assert_eq!(places(&assigned).len(), 2);
+}
+
+#[test]
+fn a_rank_of_which_a_new_coordinator_knows_nothing_is_waited_for_then_ended() {
+    let mut run = taken_over();
+    run.on(joined("x-0-0", 0, &[(0, 0)]));
+    run.on(joined("x-1-0", 1, &[(0, 0)]));
+    run.on(ready("x-0-0", 0, 7));
+    assert_eq!(places(&run.wait(14)), [], "it may hold what is needed");
+    assert!(run.wait(2).contains(&Effect::KillRank { place: place("x-1-0", 0), attempt: 0 }));
+    let assigned = run.exit("x-1-0", 0, 0, 137);
+    assert_eq!(places(&assigned), [place("x-0-0", 0)]);
+    assert_eq!(outcome(&run.log), None, "no failure of the run");
+}
+
+#[test]
+fn a_member_lost_while_a_generation_is_being_found_is_not_found() {
+    let mut run = taken_over();
+    run.machine.settings.max_restarts = 1;
+    run.on(joined("x-0-0", 0, &[(0, 0)]));
+    run.on(returned("x-0-0", 7, 0, 2));
+    run.lose("x-0-0");
+    run.on(joined("x-1-0", 1, &[(0, 0)]));
+    let effects = run.on(returned("x-1-0", 7, 1, 2));
+    assert!(!effects.iter().any(|e| matches!(e, Effect::Found { .. })), "{effects:?}");
+}
+
+#[test]
+fn a_part_of_a_generation_makes_no_commit() {
+    let mut run = taken_over();
+    run.on(joined("x-0-0", 0, &[(0, 0)]));
+    run.on(returned("x-0-0", 7, 0, 2));
+    run.wait(6);
+    assert_eq!(run.on(Event::PartsWritten { generation: 7, place: place("x-0-0", 0), step: 5 }), []);
+}
+
+#[test]
+fn what_the_launcher_has_from_an_earlier_coordinator_is_not_started_again_but_given_up_in_time() {
+    let mut run = taken_over();
+    run.on(Event::Launched { slot: 0, attempt: 2 });
+    run.on(Event::Launched { slot: 1, attempt: 4 });
+    run.on(Event::LaunchEnded { slot: 1, attempt: 4, code: 1 });
+    assert_eq!(run.wait(6), [Effect::Launch { slot: 1, attempt: 5 }], "one lives, one has ended");
+    let effects = run.wait(60);
+    assert!(effects.contains(&Effect::Discard { slot: 0, attempt: 2 }), "{effects:?}");
+    assert!(effects.contains(&Effect::Launch { slot: 0, attempt: 3 }));
+    let effects = run.on(joined("x-0-2", 0, &[(0, 0)]));
+    assert!(matches!(&effects[..], [Effect::Leave { .. }]), "too late: {effects:?}");
 }

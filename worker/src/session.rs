@@ -218,7 +218,8 @@ impl Session {
         self.send(rank_event::Event::Ready(v1::Ready { step, broken: broken.unwrap_or_default() }));
         loop {
             match self.next()? {
-                rank_order::Order::Assignment(assignment) => {
+                // One that is told again on a new line was heard on the old one.
+                rank_order::Order::Assignment(assignment) if assignment.generation > self.generation => {
                     self.generation = assignment.generation;
                     let mut shared = lock(&self.shared);
                     shared.generation = assignment.generation;

@@ -135,7 +135,6 @@ impl Node<'_> {
             slot: args.slot,
             ranks: self.alive.keys().map(live).collect(),
         }));
-        self.unsaid.drain(..).for_each(tell);
         if self.deadline.is_some() {
             tell(preempting());
         }
@@ -147,6 +146,8 @@ impl Node<'_> {
                 _ = terminate.recv() => return Ok(exit::YIELDED),
             }
         };
+        // A line that never stood would take them along.
+        self.unsaid.drain(..).for_each(tell);
         loop {
             tokio::select! {
                 order = orders.message() => {

@@ -137,6 +137,8 @@ impl Trainer {
         self.move_shards(&holders, &self.staying(&[]))?;
         self.standing = true;
         self.label(labelled);
+        // Newcomers know of no commit: whether a checkpoint is due all ranks must decide alike.
+        self.committed = None;
         Ok(None)
     }
 

@@ -82,6 +82,8 @@ struct Rank {
     state: RankState,
     /// It has been in a generation, and may hold what nobody else has.
     holds: bool,
+    /// The last one, as far as it was said.
+    last: u64,
     /// Ran before this coordinator knew its node, and has not said what it does.
     unknown: Option<Instant>,
     /// Ended by us: its exit is no news.
@@ -92,7 +94,7 @@ struct Rank {
 
 impl Rank {
     fn starting(attempt: u32) -> Self {
-        Rank { attempt, state: RankState::Starting, holds: false, unknown: None, killed: false, failure: None }
+        Rank { attempt, state: RankState::Starting, holds: false, last: 0, unknown: None, killed: false, failure: None }
     }
 }
 
@@ -316,10 +318,12 @@ impl Machine {
             }
             Event::Progress { generation, step } if generation == current => {
                 self.heard(now);
+                self.trained = self.trained.max(generation);
                 self.step = self.step.max(step);
             }
             Event::PartsWritten { generation, place, step } if generation == current => {
                 self.heard(now);
+                self.trained = self.trained.max(generation);
                 if let Some((_, seq, step)) = self.committed.filter(|&(of, _, at)| (of, at) == (generation, step)) {
                     // It was not told, or not by this coordinator.
                     effects.push(Effect::TellCommitted { place, seq, step });

@@ -91,12 +91,7 @@ impl Machine {
     ) {
         let current = self.generation;
         let Some(rank) = self.ranks.get_mut(place).filter(|rank| rank.attempt == attempt) else { return };
-        if generation > 0 && generation < self.trained && !rank.killed {
-            // Others have trained on without it. What it holds is of another past, maybe: it begins anew.
-            rank.killed = true;
-            effects.push(Effect::KillRank { place: place.clone(), attempt });
-            return;
-        }
+        rank.last = generation;
         rank.holds |= generation > 0;
         let member = rank.state == RankState::Member;
         if member && rank.unknown.is_none() && generation < current {
@@ -119,6 +114,17 @@ impl Machine {
         }
         if let (true, Some(broken)) = (member && generation == current, broken) {
             self.break_off(now, format!("the ring broke: {broken}"), None, BREAK_OFF, effects);
+        }
+        self.end_the_old(effects);
+    }
+
+    /// Others have trained on without these. What they hold is of another past, maybe: they begin anew.
+    pub(super) fn end_the_old(&mut self, effects: &mut Vec<Effect>) {
+        let trained = self.trained;
+        let old = |rank: &Rank| rank.state == RankState::Ready && rank.last > 0 && rank.last < trained && !rank.killed;
+        for (place, rank) in self.ranks.iter_mut().filter(|(_, rank)| old(rank)) {
+            rank.killed = true;
+            effects.push(Effect::KillRank { place: place.clone(), attempt: rank.attempt });
         }
     }
 

@@ -25,6 +25,9 @@ impl Machine {
 
     pub(super) fn reunited(&mut self, now: Instant, place: Place, step: u64, from_commit: Option<u64>) {
         self.heard(now);
+        if let State::Finding { .. } = self.state {
+            self.trained = self.trained.max(self.generation);
+        }
         if let State::Forming { members, .. } = &mut self.state {
             members.reunited.insert(place);
             members.step = step;
@@ -93,7 +96,7 @@ impl Machine {
         let mut ready: Vec<(u64, Place)> = self
             .ranks
             .iter()
-            .filter(|(_, rank)| rank.state == RankState::Ready)
+            .filter(|(_, rank)| rank.state == RankState::Ready && !rank.killed)
             .filter_map(|(place, rank)| {
                 let node = self.nodes.get(&place.0).filter(|node| !node.home)?;
                 // One that leaves comes along where there is something to take from it.
@@ -109,6 +112,7 @@ impl Machine {
             // Soon mended or lost.
             return;
         }
+        self.end_the_old(effects);
         let Settings { nodes, min_nodes, ranks_per_node, startup_timeout, .. } = self.settings;
         let ready = self.ready();
         let mut by_node: BTreeMap<&String, u32> = BTreeMap::new();
@@ -159,7 +163,7 @@ impl Machine {
         let nodes = nodes_of(&places);
         for (rank, place) in (0..).zip(&places) {
             if let Some(rank) = self.ranks.get_mut(place) {
-                (rank.state, rank.holds) = (RankState::Member, true);
+                (rank.state, rank.holds, rank.last) = (RankState::Member, true, self.generation);
             }
             let (place, nodes) = (place.clone(), nodes.clone());
             effects.push(Effect::Assign { place, generation: self.generation, rank, nodes });

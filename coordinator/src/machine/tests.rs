@@ -587,3 +587,17 @@ fn what_the_launcher_has_from_an_earlier_coordinator_is_not_started_again_but_gi
     let effects = run.on(joined("x-0-2", 0, &[(0, 0)]));
     assert!(matches!(&effects[..], [Effect::Leave { .. }]), "too late: {effects:?}");
 }
+
+#[test]
+fn a_rank_found_with_older_state_begins_anew_once_others_are_known_to_have_trained() {
+    let mut run = taken_over();
+    run.on(joined("x-0-0", 0, &[(0, 0)]));
+    run.on(joined("x-1-0", 1, &[(0, 0)]));
+    assert_eq!(run.on(ready("x-1-0", 0, 6)), []);
+    run.on(returned("x-0-0", 7, 0, 2));
+    run.on(Event::PartsWritten { generation: 7, place: place("x-0-0", 0), step: 5 });
+    run.wait(6);
+    let effects = run.on(ready("x-0-0", 0, 7));
+    assert!(effects.contains(&Effect::KillRank { place: place("x-1-0", 0), attempt: 0 }), "{effects:?}");
+    assert_eq!(places(&effects), [place("x-0-0", 0)]);
+}

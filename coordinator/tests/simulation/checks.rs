@@ -10,6 +10,8 @@ use crate::ring::micros;
 use crate::state::ALL;
 use crate::world::{NodeId, RankId, SECOND, Time, World};
 
+/// Longest time for a loss to be noticed.
+const UNNOTICED: Time = 5 * SECOND;
 /// Longest time for a slot to stay empty: a new coordinator listens first.
 const EMPTY: Time = 25 * SECOND;
 
@@ -30,6 +32,8 @@ pub(crate) struct Checks {
     /// What the bucket says: ranks may be training.
     pub(crate) running: bool,
     last_trouble: Option<Time>,
+    /// When a process was last killed.
+    pub(crate) last_death: Option<Time>,
     /// Slots that nothing fills and nothing was started for, since when.
     empty: BTreeMap<u32, Time>,
 }
@@ -210,8 +214,9 @@ impl World {
 
     /// A node that leaves in good order takes nothing with it that nobody else has.
     pub(crate) fn check_leave(&mut self, node: NodeId) {
-        if self.nodes[node].discarded {
-            // Given up before.
+        let unnoticed = self.checks.last_death.is_some_and(|at| at + UNNOTICED >= self.now);
+        if self.nodes[node].discarded || unnoticed {
+            // Given up before; or another was just lost, which nobody could know.
             return;
         }
         let standing = |rank: &RankId| self.ranks[*rank].alive && self.ranks[*rank].held.standing;

@@ -162,7 +162,9 @@ impl World {
     pub(crate) fn arrive_up(&mut self, id: LineId, message: Up) {
         let host = self.host(self.lines[id].end);
         if self.lines[id].broken {
-        } else if self.nodes[host].cut_up || self.nodes[host].gone {
+            return;
+        }
+        if self.nodes[host].cut_up || self.nodes[host].gone {
             self.lines[id].stuck_up.push_back(message);
         } else if self.lines[id].server {
             self.hear(id, message);
@@ -172,8 +174,12 @@ impl World {
     pub(crate) fn arrive_down(&mut self, id: LineId, message: Down) {
         let host = self.host(self.lines[id].end);
         if self.lines[id].broken {
-        } else if self.nodes[host].cut_down || self.nodes[host].gone {
+            return;
+        }
+        if self.nodes[host].cut_down || self.nodes[host].gone {
             self.lines[id].stuck_down.push_back(message);
+        } else if let (true, Down::Closed) = (self.lines[id].client, &message) {
+            self.arrive_closed(id);
         } else if self.lines[id].client {
             let end = self.lines[id].end;
             if self.sleeps(end) {
@@ -233,6 +239,7 @@ impl World {
         }
     }
 
+    /// The worker's process learns that its connection is gone.
     fn arrive_closed(&mut self, id: LineId) {
         let end = self.lines[id].end;
         if self.sleeps(end) {
@@ -246,11 +253,6 @@ impl World {
             End::Node(node) => self.node_cut_off(node, id),
             End::Rank(rank) => self.rank_cut_off(rank, id),
         }
-    }
-
-    /// The worker's process learns that its connection is gone.
-    pub(crate) fn hear_closed(&mut self, id: LineId) {
-        self.arrive_closed(id);
     }
 
     /// Both sides of a node's lines fall silent from now on: they notice, should it last.

@@ -629,6 +629,9 @@ impl World {
             return;
         }
         let gone = self.nodes[self.ranks[id].node].gone;
+        if code == 137 {
+            self.checks.last_death = Some(self.now);
+        }
         let rank = &mut self.ranks[id];
         rank.alive = false;
         rank.token += 1;

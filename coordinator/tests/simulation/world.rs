@@ -251,11 +251,6 @@ impl World {
             What::Tick(coordinator) => self.tick(coordinator),
             What::Up(line, message) => self.arrive_up(line, message),
             What::Heard(line, message) => self.hear(line, message),
-            What::Down(line, Down::Closed) => {
-                if self.lines[line].client && !self.nodes[self.host(self.lines[line].end)].cut_down {
-                    self.hear_closed(line);
-                }
-            }
             What::Down(line, message) => self.arrive_down(line, message),
             What::Connect(end) => {
                 if let Some(backlog) = self.sleeps(end).then(|| self.backlog(end)).flatten() {

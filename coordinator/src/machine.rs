@@ -84,6 +84,8 @@ struct Rank {
     holds: bool,
     /// The last one, as far as it was said.
     last: u64,
+    /// The one that it said it is in, on a new line.
+    returned: u64,
     /// Ran before this coordinator knew its node, and has not said what it does.
     unknown: Option<Instant>,
     /// Ended by us: its exit is no news.
@@ -94,7 +96,16 @@ struct Rank {
 
 impl Rank {
     fn starting(attempt: u32) -> Self {
-        Rank { attempt, state: RankState::Starting, holds: false, last: 0, unknown: None, killed: false, failure: None }
+        Rank {
+            attempt,
+            state: RankState::Starting,
+            holds: false,
+            last: 0,
+            returned: 0,
+            unknown: None,
+            killed: false,
+            failure: None,
+        }
     }
 }
 

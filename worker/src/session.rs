@@ -156,7 +156,9 @@ impl Line {
             Some(rank_order::Order::Regroup(regroup)) => break_off(&self.shared, regroup),
             Some(rank_order::Order::Committed(commit)) => {
                 lock(&self.shared).committed = Some((commit.step, commit.seq));
-                self.kept.retain(|kept| !matches!(kept.event, Some(rank_event::Event::Parts(_))));
+                // It may be told again, when the next checkpoint's parts are said already.
+                let of = |parts: &v1::PartsWritten| parts.step <= commit.step;
+                self.kept.retain(|kept| !matches!(&kept.event, Some(rank_event::Event::Parts(parts)) if of(parts)));
             }
             // Nobody waits any more where the rank is at its end.
             Some(order) => drop(self.inbox.send(order)),

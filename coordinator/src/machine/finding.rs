@@ -44,6 +44,7 @@ impl Machine {
         effects: &mut Vec<Effect>,
     ) {
         let Some(rank) = self.ranks.get_mut(&place).filter(|rank| rank.attempt == attempt) else { return };
+        rank.returned = rank.returned.max(member.generation);
         if rank.state == RankState::Member && member.generation == self.generation && rank.unknown.is_none() {
             self.say_again(&place, effects);
             return;

@@ -91,21 +91,25 @@ impl Machine {
     ) {
         let current = self.generation;
         let Some(rank) = self.ranks.get_mut(place).filter(|rank| rank.attempt == attempt) else { return };
-        rank.last = generation;
-        rank.holds |= generation > 0;
         let member = rank.state == RankState::Member;
+        if generation < rank.returned {
+            // It is in a newer generation, and said this before.
+            return;
+        }
         if member && rank.unknown.is_none() && generation < current {
             match &mut self.state {
                 // Said on an earlier line as well: the assignment that answered it was lost with that line.
                 State::Forming { .. } => return self.assign_again(place, effects),
-                // It is in a newer generation, and said this before.
-                State::Finding { found, .. } => match found.get(place) {
-                    Some(member) if member.generation > generation => return,
-                    _ => drop(found.remove(place)),
-                },
+                // Who trains was assigned: a late one.
+                State::Training { .. } => return,
                 _ => {}
             }
         }
+        if let State::Finding { found, .. } = &mut self.state {
+            found.remove(place);
+        }
+        rank.last = generation;
+        rank.holds |= generation > 0;
         rank.unknown = None;
         rank.state = RankState::Ready;
         self.learn(generation);

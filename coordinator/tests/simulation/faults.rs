@@ -138,6 +138,7 @@ impl World {
                     }
                     End::Rank(rank) => {
                         self.ranks[rank].hung = None;
+                        self.ranks[rank].woke = Some(self.now);
                         std::mem::take(&mut self.ranks[rank].backlog)
                     }
                 };

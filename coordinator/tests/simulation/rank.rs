@@ -69,6 +69,8 @@ pub(crate) struct Rank {
     pub(crate) attempt: u32,
     pub(crate) alive: bool,
     pub(crate) hung: Option<Time>,
+    /// When it was last let go on.
+    pub(crate) woke: Option<Time>,
     pub(crate) backlog: Vec<What>,
     pub(crate) doing: Doing,
     /// Counts what it does: timers of something earlier are outdated.
@@ -106,6 +108,7 @@ impl Rank {
             attempt,
             alive: true,
             hung: None,
+            woke: None,
             backlog: Vec::new(),
             doing: Doing::Opening,
             token: 0,
@@ -208,7 +211,7 @@ impl World {
             }
             Down::Committed { step } => {
                 rank.told_committed = Some(step);
-                rank.kept.retain(|(_, said)| !matches!(said, Say::Parts(_)));
+                rank.kept.retain(|(_, said)| !matches!(said, Say::Parts(parts) if parts.step <= step));
                 if let Doing::Committing(why) = rank.doing {
                     self.await_commit(id, why);
                 }

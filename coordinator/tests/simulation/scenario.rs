@@ -148,9 +148,11 @@ impl Fault {
         match self {
             Self::KillRank | Self::KillSupervisor | Self::LoseNode | Self::HangRank(_) | Self::HangNode(_) => true,
             Self::Cut { .. } => true,
+            // Before the replaced one knows, it may break a ring for what it cannot see.
+            Self::ReplaceCoordinator { .. } => true,
             // Nothing of the run itself failed.
             Self::Drain | Self::Blink | Self::Stop | Self::Jump(_) | Self::StorageOut(_) => false,
-            Self::KillCoordinator(_) | Self::PauseCoordinator(_) | Self::ReplaceCoordinator { .. } => false,
+            Self::KillCoordinator(_) | Self::PauseCoordinator(_) => false,
         }
     }
 }

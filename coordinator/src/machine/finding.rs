@@ -53,15 +53,17 @@ impl Machine {
             // Of a generation that it has left since: that message was late.
             return;
         }
-        (rank.unknown, rank.holds) = (None, true);
+        rank.holds = true;
         if let State::Finding { found, until, .. } = &mut self.state {
+            rank.unknown = None;
             rank.state = RankState::Member;
             self.generation = self.generation.max(member.generation);
             found.insert(place, member);
             *until = (*until).max(now + HEARTBEATS);
             return;
         }
-        // Too late to be taken over as a whole.
+        // Too late to be taken over as a whole: it is waited for.
+        rank.unknown = rank.unknown.and(Some(now));
         let reason = "another coordinator came, and this generation is not whole".to_owned();
         effects.push(Effect::Regroup { place, generation: member.generation, reason });
     }

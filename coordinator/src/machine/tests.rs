@@ -601,3 +601,17 @@ fn a_rank_found_with_older_state_begins_anew_once_others_are_known_to_have_train
     assert!(effects.contains(&Effect::KillRank { place: place("x-1-0", 0), attempt: 0 }), "{effects:?}");
     assert_eq!(places(&effects), [place("x-0-0", 0)]);
 }
+
+#[test]
+fn a_rank_that_comes_late_from_an_earlier_generation_is_waited_for() {
+    let mut run = Run::training(2, 2, 9);
+    run.lose("b");
+    run.ready("a", 0, 0);
+    run.ready("a", 1, 0);
+    run.on(joined("c", 1, &[(0, 0), (1, 0)]));
+    let late = Event::RankReturned { place: place("c", 1), attempt: 0, generation: 1, rank: 3, world: 4 };
+    let effects = run.on(late);
+    assert!(matches!(&effects[..], [Effect::Regroup { generation: 1, .. }]), "{effects:?}");
+    assert_eq!(places(&run.on(ready("c", 0, 1))), [], "the other may hold what is needed");
+    assert_eq!(places(&run.ready("c", 1, 0)).len(), 4);
+}

@@ -184,7 +184,8 @@ impl World {
             .filter(|rank| !members.contains(rank))
             .filter(|&rank| {
                 let rank = &self.ranks[rank];
-                rank.alive && rank.hung.is_none() && rank.held.standing && reachable(rank.node)
+                let woke = rank.woke.is_some_and(|at| at + 10 * SECOND >= self.now);
+                rank.alive && rank.hung.is_none() && !woke && rank.held.standing && reachable(rank.node)
             })
             .collect()
     }

@@ -8,7 +8,6 @@ use anyhow::{Context as _, Result};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
-use kube::runtime::events::Recorder;
 use kube::{Api, Client, Resource, ResourceExt};
 use serde_json::json;
 use sgcl_runstore::Commits;
@@ -24,7 +23,7 @@ use super::launcher::KubeLauncher;
 use super::plan::Plan;
 use super::pods::{PodFacts, Pods};
 use super::prepare::{Prepared, Refusal, prepare};
-use super::report::{Facts, Reporter, regrouped, share};
+use super::report::{Facts, Reporter, regrouped, share, trains};
 use super::resource::{Phase, SgclRun};
 use super::{MANAGER, RUN_LABEL};
 use crate::launcher::{Ended, Launcher as _};
@@ -68,8 +67,8 @@ pub struct Shared {
     pub gangs: Gangs,
     /// ConfigMap `sgcl-defaults`, as it is now.
     pub defaults: watch::Receiver<Result<Defaults, String>>,
-    /// Who events are from.
-    pub recorder: Recorder,
+    /// Name of this pod: who events are from.
+    pub me: String,
     /// The leader's term: the transitions of its Lease.
     pub lease_epoch: u64,
 }
@@ -108,7 +107,8 @@ impl Wish {
 pub async fn conduct(shared: Arc<Shared>, mut object: watch::Receiver<Arc<SgclRun>>) {
     let run = object.borrow().clone();
     let api: Api<SgclRun> = Api::namespaced(shared.client.clone(), &shared.namespace);
-    let reporter = Reporter::new(api.clone(), shared.recorder.clone(), &run);
+    let events = Api::namespaced(shared.client.clone(), &shared.namespace);
+    let reporter = Reporter::new(api.clone(), events, shared.me.clone(), &run);
     let mut defaults = shared.defaults.clone();
     let mut conductor = Conductor { name: run.name_any(), api, reporter, shared };
     let mut tries = 0;
@@ -342,7 +342,8 @@ impl Conductor {
                 Some(pod) = news.recv() => launcher.pod(&pod),
                 Some(Ended { slot, attempt, code }) = ends.recv() => {
                     let Some((current, since)) = attempts.get_mut(&slot).filter(|(current, _)| *current == attempt) else { continue };
-                    let message = format!("a node ended with code {code} before training began; see `sgclctl logs {}`", self.name);
+                    let words = launcher.said(slot).unwrap_or_else(|| format!("see `sgclctl logs {}`", self.name));
+                    let message = format!("a node ended with code {code} before training began: {words}");
                     let now = object.borrow().clone();
                     if HOPELESS.contains(&code) {
                         return Ok(Some(self.fail(&now, message).await));
@@ -440,7 +441,7 @@ impl Conductor {
                 self.reporter.event(change.failure, "Regrouped", regrouped(change)).await;
             }
             changes = seen.changes.len();
-            if began.is_none() && seen.step > 0 {
+            if began.is_none() && seen.step > 0 && trains(&seen) {
                 began = Some((Instant::now(), share(&seen, epochs)));
             }
             facts.pace = began.map(|(since, from)| (since.elapsed(), from));

@@ -8,7 +8,6 @@ use anyhow::{Context as _, Result};
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::runtime::controller::Action;
-use kube::runtime::events::{Recorder, Reporter};
 use kube::runtime::{Controller, WatchStreamExt, watcher};
 use kube::{Api, Client, ResourceExt};
 use tokio::net::TcpListener;
@@ -20,7 +19,7 @@ use super::defaults::{self, Defaults};
 use super::gang::Gangs;
 use super::pods::Pods;
 use super::resource::{Phase, SgclRun};
-use super::{GRPC_PORT, MANAGER, SERVICE};
+use super::{GRPC_PORT, SERVICE};
 use crate::server::listen;
 use crate::switchboard::Switchboard;
 
@@ -69,9 +68,8 @@ impl Leader {
         let watching = pods.clone().watch(Api::namespaced(client.clone(), &namespace));
         let (sender, defaults) = watch::channel(Err("the ConfigMap sgcl-defaults was not read yet".to_owned()));
         let reading = read_defaults(Api::namespaced(client.clone(), &namespace), sender);
-        let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(me) };
         let shared = Arc::new(Shared {
-            recorder: Recorder::new(client.clone(), reporter),
+            me,
             url: format!("http://{SERVICE}.{namespace}.svc:{GRPC_PORT}"),
             board: board.clone(),
             pods: pods.clone(),

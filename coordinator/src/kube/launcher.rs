@@ -161,6 +161,12 @@ impl Book {
         entry.and_then(|entry| entry.pod.as_ref()).is_some_and(|pod| pod.code().is_some())
     }
 
+    /// The last that a slot's newest pod wrote.
+    #[must_use]
+    pub fn said(&self, slot: u32) -> Option<String> {
+        self.entries.iter().rev().find(|entry| entry.slot == slot && entry.over)?.pod.as_ref()?.said.clone()
+    }
+
     /// Pods of Jobs that have not ended.
     pub fn pods(&self) -> impl Iterator<Item = &PodFacts> {
         self.entries.iter().filter(|entry| !entry.over).filter_map(|entry| entry.pod.as_ref())
@@ -245,6 +251,12 @@ impl KubeLauncher {
     #[must_use]
     pub fn running(&self) -> u32 {
         self.book().pods().filter(|pod| pod.running).count() as u32
+    }
+
+    /// The last that a slot's newest pod wrote.
+    #[must_use]
+    pub fn said(&self, slot: u32) -> Option<String> {
+        self.book().said(slot)
     }
 
     /// Priority of its pods, once there are any.
@@ -410,6 +422,7 @@ mod tests {
             running: ended.is_none(),
             disrupted: false,
             ended,
+            said: None,
             waiting: None,
             gone: false,
         }

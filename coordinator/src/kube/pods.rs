@@ -38,6 +38,8 @@ pub struct PodFacts {
     pub disrupted: bool,
     /// Exit code, once it has ended.
     pub ended: Option<i32>,
+    /// The last it wrote, where it failed.
+    pub said: Option<String>,
     /// What keeps it from running.
     pub waiting: Option<Waiting>,
     /// The object is gone.
@@ -66,6 +68,7 @@ impl PodFacts {
         let disrupted = is("DisruptionTarget", "True").is_some();
         let phase = status.phase.unwrap_or_default();
         let exited = state.terminated.as_ref().map(|end| end.exit_code);
+        let said = state.terminated.as_ref().and_then(|end| end.message.as_deref()).map(last_words);
         let over = matches!(phase.as_str(), "Failed" | "Succeeded");
         let ended = exited.or(over.then_some(if phase == "Succeeded" { 0 } else { KILLED }));
         let unscheduled = is("PodScheduled", "False").map(|condition| Waiting {
@@ -82,6 +85,7 @@ impl PodFacts {
             running: state.running.is_some() && pod.metadata.deletion_timestamp.is_none(),
             disrupted,
             ended,
+            said: said.filter(|said| !said.is_empty()),
             waiting: if ended.is_some() { None } else { unscheduled.or_else(|| container.and_then(container_waits)) },
             gone: false,
         })
@@ -98,6 +102,11 @@ impl PodFacts {
             None => None,
         }
     }
+}
+
+/// The last line, as far as a message has room.
+fn last_words(text: &str) -> String {
+    text.trim_end().lines().next_back().unwrap_or_default().chars().take(300).collect()
 }
 
 fn unschedulable(message: &str) -> String {

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::ObjectReference;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
-use kube::api::{Patch, PatchParams};
-use kube::runtime::events::{Event, EventType, Recorder};
+use k8s_openapi::api::events::v1::Event;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, MicroTime, ObjectMeta, Time};
+use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Resource, ResourceExt};
 use serde_json::json;
 use tokio::time::Instant;
@@ -53,6 +53,12 @@ pub fn share(view: &RunView, epochs: u32) -> f64 {
     ((f64::from(view.epoch) + of_epoch) / f64::from(epochs.max(1))).min(1.0)
 }
 
+/// Whether a view's steps are of training: a checkpoint or an export counts its own.
+#[must_use]
+pub fn trains(view: &RunView) -> bool {
+    view.phase == "training"
+}
+
 /// The status that tells these facts. What they leave open stays as it was.
 #[must_use]
 pub fn status(before: &SgclRunStatus, now: Timestamp, facts: &Facts) -> SgclRunStatus {
@@ -71,7 +77,7 @@ pub fn status(before: &SgclRunStatus, now: Timestamp, facts: &Facts) -> SgclRunS
     status.eta = None;
     if let (Some(view), Some(epochs)) = (&facts.view, facts.epochs) {
         // A coordinator that has heard nothing yet knows no better than the last one.
-        if view.step > 0 {
+        if view.step > 0 && trains(view) {
             let done = share(view, epochs);
             status.step = view.step;
             status.epochs = Some(format!("{}/{epochs}", (view.epoch + 1).min(epochs)));
@@ -138,7 +144,9 @@ pub fn regrouped(change: &Change) -> String {
 /// Writes one run's status and events.
 pub struct Reporter {
     api: Api<SgclRun>,
-    recorder: Recorder,
+    events: Api<Event>,
+    /// This coordinator's pod.
+    me: String,
     reference: ObjectReference,
     name: String,
     last: SgclRunStatus,
@@ -148,9 +156,9 @@ pub struct Reporter {
 impl Reporter {
     /// For a run, going on from the status it has.
     #[must_use]
-    pub fn new(api: Api<SgclRun>, recorder: Recorder, run: &SgclRun) -> Self {
+    pub fn new(api: Api<SgclRun>, events: Api<Event>, me: String, run: &SgclRun) -> Self {
         let last = run.status.clone().unwrap_or_default();
-        Self { api, recorder, reference: run.object_ref(&()), name: run.name_any(), last, written: None }
+        Self { api, events, me, reference: run.object_ref(&()), name: run.name_any(), last, written: None }
     }
 
     /// What was written last.
@@ -202,14 +210,26 @@ impl Reporter {
 
     /// An event on the run.
     pub async fn event(&self, warning: bool, reason: &str, note: String) {
-        let event = Event {
-            type_: if warning { EventType::Warning } else { EventType::Normal },
-            reason: reason.to_owned(),
-            note: Some(note.chars().take(NOTE_CHARS).collect()),
-            action: reason.to_owned(),
-            secondary: None,
+        // Each is an event of its own: kube's Recorder would count all of one reason as one, and keep the first one's note.
+        let now = Timestamp::now();
+        let metadata = ObjectMeta {
+            name: Some(format!("{}.{:x}", self.name, now.as_nanosecond())),
+            namespace: self.reference.namespace.clone(),
+            ..ObjectMeta::default()
         };
-        if let Err(error) = self.recorder.publish(&event, &self.reference).await {
+        let event = Event {
+            metadata,
+            type_: Some(if warning { "Warning" } else { "Normal" }.to_owned()),
+            reason: Some(reason.to_owned()),
+            action: Some(reason.to_owned()),
+            note: Some(note.chars().take(NOTE_CHARS).collect()),
+            regarding: Some(self.reference.clone()),
+            event_time: Some(MicroTime(now)),
+            reporting_controller: Some(format!("sgcl.dev/{MANAGER}")),
+            reporting_instance: Some(self.me.clone()),
+            ..Event::default()
+        };
+        if let Err(error) = self.events.create(&PostParams::default(), &event).await {
             tracing::warn!(run = self.name, %error, "an event was not written");
         }
     }
@@ -243,7 +263,15 @@ mod tests {
             phase: Phase::Running,
             nodes: 4,
             epochs: Some(10),
-            view: Some(RunView { nodes: 3, epoch, epoch_step, epoch_steps: 20, step: 50, ..RunView::default() }),
+            view: Some(RunView {
+                phase: "training".into(),
+                nodes: 3,
+                epoch,
+                epoch_step,
+                epoch_steps: 20,
+                step: 50,
+                ..RunView::default()
+            }),
             pace: Some((Duration::from_secs(90), 0.0)),
             ..Facts::default()
         }
@@ -265,6 +293,14 @@ mod tests {
         let fresh = Facts { view: Some(RunView::default()), ..running(0, 0) };
         let after = status(&before, at(9), &fresh);
         assert_eq!((after.step, after.progress), (before.step, before.progress));
+    }
+
+    #[test]
+    fn what_a_checkpoint_counts_is_not_taken_for_training() {
+        let before = status(&SgclRunStatus::default(), at(0), &running(2, 10));
+        let mut draining = running(2, 20);
+        draining.view = draining.view.map(|view| RunView { phase: "checkpoint".into(), ..view });
+        assert_eq!(status(&before, at(9), &draining).progress, before.progress);
     }
 
     #[test]

@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 # Read back from what scripts/setup wrote for cargo; a value of the caller's own wins.
 python = $${SGCL_PYTHON:-$$(sed -n 's/^SGCL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)}
 
-.PHONY: help setup setup-tests build demo test test-goldens test-cluster images lint nccl bench-objective bench-kmeans doc clean
+.PHONY: help setup setup-tests build demo test test-goldens test-cluster images lint nccl bench-objective bench-kmeans bench-preemption doc clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,13 +26,16 @@ build: setup ## builds sgclctl and sgcl-worker (the first time: some ten minutes
 demo: build ## from nothing to a trained encoder and its report, under demo/
 	SGCL_PYTHON="$(python)" scripts/demo
 
-test: setup-tests build ## every test; on nextest where it is installed
+# Programs and tests in one build: apart, they would ask for other features of the same libraries, and compile those twice.
+test: setup-tests ## every test; on nextest where it is installed
+	cargo build --release --locked --workspace --bins --tests
 	@if cargo nextest --version >/dev/null 2>&1; then \
 	  cargo nextest run --release --locked --workspace && cargo test --release --locked --workspace --doc; \
 	else \
 	  echo "test: cargo-nextest is not installed, so plain cargo test runs"; \
 	  cargo test --release --locked --workspace; \
 	fi
+	cargo test --release --locked -p sgcl-patchset --features faults --test environment
 
 test-goldens: setup-tests ## the method against every case in the folder SGCL_GOLDENS names, listing what it read
 	cargo test --release --locked -p sgcl --test goldens -- --nocapture
@@ -57,6 +60,9 @@ bench-objective: setup ## the objective's step against a dense one: time and mem
 
 bench-kmeans: setup ## k-means against faiss (SGCL_PYTHON must have faiss-cpu and safetensors)
 	SGCL_PYTHON="$(python)" cargo bench --profile release --locked -p sgcl --bench kmeans -- $(ARGS)
+
+bench-preemption: build ## lost ranks and nodes beside torchrun elastic under the same kills, and what it costs a step (ARGS="--quick")
+	SGCL_PYTHON="$(python)" cargo bench --profile release --locked -p sgcl-tests --bench preemption -- $(ARGS)
 
 nccl: ## compiles, links and loads the NCCL half; without a GPU it must say that there is none
 	@scripts/setup --nccl

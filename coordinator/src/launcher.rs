@@ -48,6 +48,7 @@ pub struct ProcessLauncher {
     run: String,
     ranks_per_node: u32,
     threads: usize,
+    environment: Vec<(String, String)>,
     /// Cancelled to kill.
     children: Arc<Mutex<BTreeMap<(u32, u32), CancellationToken>>>,
 }
@@ -58,13 +59,19 @@ impl ProcessLauncher {
     pub fn new(program: PathBuf, run: String, nodes: u32, ranks_per_node: u32) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let threads = (cores / (nodes * ranks_per_node).max(1) as usize).max(1);
-        Self { program, run, ranks_per_node, threads, children: Arc::default() }
+        Self { program, run, ranks_per_node, threads, environment: Vec::new(), children: Arc::default() }
     }
 
     /// Computing threads of a rank, in place of an equal share of the cores. Results depend on it in the last bits.
     #[must_use]
     pub fn with_threads(self, threads: usize) -> Self {
         Self { threads, ..self }
+    }
+
+    /// Variables that nodes see beside this process's own.
+    #[must_use]
+    pub fn with_environment(self, environment: Vec<(String, String)>) -> Self {
+        Self { environment, ..self }
     }
 }
 
@@ -81,6 +88,7 @@ impl Launcher for ProcessLauncher {
             .args(["node", "--coordinator", coordinator, "--run", &self.run, "--node", &node])
             .args(["--slot", &slot.to_string(), "--ranks", &self.ranks_per_node.to_string()])
             .args(["--address", "127.0.0.1", "--die-with-parent", "--threads", &self.threads.to_string()])
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

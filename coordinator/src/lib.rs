@@ -5,6 +5,8 @@
 pub mod kube;
 pub mod launcher;
 pub mod machine;
+mod orders;
+mod recorder;
 pub mod server;
 pub mod switchboard;
 pub mod view;

@@ -250,6 +250,7 @@ impl Machine {
                 }
             }
             Event::StopRequested => self.stop_requested(now, &mut effects),
+            Event::CancelRequested => self.end(now, Outcome::Cancelled, &mut effects),
             _ => {}
         }
         self.advance(now, &mut effects);
@@ -688,6 +689,7 @@ impl Machine {
                     Outcome::Finished => "the run is finished".to_owned(),
                     Outcome::Suspended { reason } => reason.clone(),
                     Outcome::Failed { message, .. } => message.clone(),
+                    Outcome::Cancelled => "the run was cancelled".to_owned(),
                 };
                 let leave = |node: &String| Effect::Leave { node: node.clone(), reason: reason.clone(), code: 0 };
                 effects.extend(self.nodes.keys().map(leave));

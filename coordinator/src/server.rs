@@ -7,14 +7,14 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use sgcl_patchset::Store;
-use sgcl_proto::MAX_MESSAGE_BYTES;
 use sgcl_proto::v1::coordinator_server::{Coordinator as Service, CoordinatorServer};
 use sgcl_proto::v1::{
     self, NodeEvent, NodeOrder, RankEvent, RankOrder, node_event, node_order, rank_event, rank_order,
 };
+use sgcl_proto::{MAX_MESSAGE_BYTES, WAITING_FOR_STORAGE};
 use sgcl_runstore::commit::Progress;
-use sgcl_runstore::status::{EventKind, Events, Phase, RunStatus};
-use sgcl_runstore::{Commit, Commits, PartKind, PartRef, RunStoreError, Spec};
+use sgcl_runstore::status::{EventKind, Events, Phase};
+use sgcl_runstore::{Commit, Commits, Lease, Order, Orders, PartKind, PartRef, RunStoreError, Spec};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
@@ -25,6 +25,8 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::launcher::{Ended, Launcher};
 use crate::machine::{Change, Effect, Event, Machine, Outcome, Place, Settings};
+use crate::orders::{self, Notice};
+use crate::recorder::Recorder;
 use crate::switchboard::Switchboard;
 use crate::view::RunView;
 
@@ -32,8 +34,10 @@ use crate::view::RunView;
 const TICK: Duration = Duration::from_millis(100);
 /// Silence after which a connection counts as broken: twice this.
 const HEARTBEAT: Duration = Duration::from_millis(1500);
-/// A pause between two tries of a commit is never longer.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Time for a node that its user sends home.
+const DRAIN: Duration = Duration::from_secs(10);
+/// Longest wait for the last event when the run is ended at once.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// A run to coordinate.
 pub struct Coordinator<L> {
@@ -80,10 +84,11 @@ pub(crate) enum Input {
 }
 
 impl<L: Launcher> Coordinator<L> {
-    /// Coordinates the run until it ends.
+    /// Coordinates the run until it ends. Whoever coordinated it before is stale from here on.
     ///
     /// # Errors
-    /// The bucket cannot be read or written, or a node cannot be started.
+    /// The bucket cannot be read or written, a node cannot be started, or another coordinator has taken the run over
+    /// ([`RunStoreError::Superseded`]).
     pub async fn serve(self, listener: TcpListener) -> Result<Outcome> {
         let address = listener.local_addr().context("the coordinator's listener has no address")?;
         let board = Switchboard::only(self.spec.run.as_str());
@@ -102,7 +107,9 @@ impl<L: Launcher> Coordinator<L> {
     ///
     /// # Errors
     /// As [`Coordinator::serve`].
-    pub async fn attend(self, board: &Switchboard, url: String) -> Result<Outcome> {
+    pub async fn attend(mut self, board: &Switchboard, url: String) -> Result<Outcome> {
+        // Nothing that passes by itself ends a run.
+        self.run = self.run.patient();
         let (inputs, received) = mpsc::channel(1024);
         let _plug = board.plug(self.spec.run.as_str(), inputs.clone());
         self.own(url, inputs, received).await
@@ -114,7 +121,17 @@ impl<L: Launcher> Coordinator<L> {
         inputs: mpsc::Sender<Input>,
         mut received: mpsc::Receiver<Input>,
     ) -> Result<Outcome> {
-        let commit = newest(&self.run).await?;
+        let found = async {
+            let lease = Lease::take(&self.run, &holder(), jiff::Timestamp::now()).await?;
+            let seen = Orders::new(&self.run).newest().await?;
+            anyhow::Ok((lease, seen, newest(&self.run).await?, Phase::read(&self.run).await?))
+        };
+        let (lease, seen, commit, phase) = tokio::select! {
+            found = found => found?,
+            () = self.kill.cancelled() => {
+                return Ok(Outcome::Suspended { reason: "stopped before the storage answered".to_owned() });
+            }
+        };
         let generation = commit.as_ref().map_or(0, |commit| commit.progress.generation);
         let settings = Settings {
             nodes: self.spec.nodes,
@@ -125,15 +142,20 @@ impl<L: Launcher> Coordinator<L> {
             step_timeout: Duration::from_secs(self.spec.config.step_timeout_s),
         };
         // Whoever coordinated before may have left ranks training.
-        let left = RunStatus::read(&self.run).await?.phase == Phase::Running;
+        let left = phase == Phase::Running;
         let (machine, effects) = if left {
             (Machine::take_over(settings, generation, Instant::now()), Vec::new())
         } else {
             Machine::start(settings, generation, Instant::now())
         };
         let (ended, mut ends) = mpsc::unbounded_channel();
+        let (looking, mut found) = mpsc::channel(16);
+        // Ends with this coordinator.
+        let _watch = AbortOnDropHandle::new(tokio::spawn(orders::watch(self.run.clone(), lease.clone(), seen, looking)));
         let mut desk = Desk {
             machine,
+            recorder: Recorder::new(&self.run, lease.clone()),
+            lease,
             commit,
             nodes: BTreeMap::new(),
             ranks: BTreeMap::new(),
@@ -145,43 +167,62 @@ impl<L: Launcher> Coordinator<L> {
             coordinator: url,
             owner: &self,
         };
-        if let Some(outcome) = desk.carry_out(effects).await? {
-            return Ok(outcome);
+        if let Some(outcome) = desk.carry_out(effects)? {
+            return desk.close(outcome).await;
         }
         let mut tick = tokio::time::interval(TICK);
         let mut asked = false;
         loop {
             let event = tokio::select! {
-                Some(input) = received.recv() => match desk.take(input) {
+                Some(input) = received.recv() => match desk.take(input)? {
                     Some(event) => event,
                     None => continue,
                 },
+                Some(found) = found.recv() => match found {
+                    Notice::Order(seq, order) => match desk.obey(seq, order) {
+                        Some(event) => event,
+                        None => continue,
+                    },
+                    Notice::Stale(error) => return Err(error.into()),
+                },
                 Some(Ended { slot, attempt, code }) = ends.recv() => Event::LaunchEnded { slot, attempt, code },
-                _ = tick.tick() => Event::Tick,
+                // Whoever waits for a commit waits for the storage, not for a rank that hangs.
+                _ = tick.tick() => if desk.writing {
+                    Event::Progress { generation: desk.machine.generation(), step: 0 }
+                } else {
+                    Event::Tick
+                },
+                error = desk.recorder.refused() => return Err(error),
                 () = self.stop.cancelled(), if !asked => { asked = true; Event::StopRequested }
                 () = self.kill.cancelled() => {
                     self.launcher.kill_all();
                     let reason = "stopped at once on request".to_owned();
-                    self.record(EventKind::Suspended { reason: reason.clone() }).await?;
+                    desk.recorder.record(EventKind::Suspended { reason: reason.clone() });
+                    if tokio::time::timeout(LAST_WORDS, desk.recorder.finish()).await.is_err() {
+                        tracing::warn!("the storage does not answer: the bucket does not say that the run was stopped");
+                    }
                     return Ok(Outcome::Suspended { reason });
                 }
             };
             let effects = desk.machine.handle(Instant::now(), event);
-            if let Some(outcome) = desk.carry_out(effects).await? {
-                return Ok(outcome);
+            if let Some(outcome) = desk.carry_out(effects)? {
+                return desk.close(outcome).await;
             }
         }
     }
+}
 
-    async fn record(&self, kind: EventKind) -> Result<(), RunStoreError> {
-        Events::new(&self.run).append(kind, jiff::Timestamp::now()).await.map(drop)
-    }
+/// Who this is, for people: host and process.
+fn holder() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("process {} on {}", std::process::id(), host.trim())
 }
 
 /// Everything the owning task holds beside the machine.
 struct Desk<'a, L> {
     owner: &'a Coordinator<L>,
     machine: Machine,
+    lease: Lease,
     commit: Option<Commit>,
     nodes: BTreeMap<String, Line<NodeOrder>>,
     ranks: BTreeMap<Place, mpsc::UnboundedSender<Result<RankOrder, Status>>>,
@@ -194,15 +235,36 @@ struct Desk<'a, L> {
     inputs: mpsc::Sender<Input>,
     ended: mpsc::UnboundedSender<Ended>,
     coordinator: String,
+    recorder: Recorder,
 }
 
 impl<L: Launcher> Desk<'_, L> {
+    /// The end, once the bucket tells of it.
+    async fn close(self, outcome: Outcome) -> Result<Outcome> {
+        tokio::select! {
+            recorded = self.recorder.finish() => match recorded {
+                // Why it failed is worth more than that the bucket cannot be told.
+                Err(error) if matches!(outcome, Outcome::Failed { .. }) => {
+                    tracing::warn!("the bucket does not say that the run failed: {error:#}");
+                    Ok(outcome)
+                }
+                recorded => recorded.map(|()| outcome),
+            },
+            () = self.owner.kill.cancelled() => Ok(outcome),
+        }
+    }
+
     /// Keeps what the machine does not need, hands on what it does.
-    fn take(&mut self, input: Input) -> Option<Event> {
-        match input {
+    ///
+    /// # Errors
+    /// A commit shows that this coordinator is stale.
+    fn take(&mut self, input: Input) -> Result<Option<Event>> {
+        Ok(match input {
             Input::Event(event) => Some(event),
             Input::NodeGone(node, number) => {
-                self.nodes.get(&node).filter(|line| line.number == number)?;
+                if self.nodes.get(&node).is_none_or(|line| line.number != number) {
+                    return Ok(None);
+                }
                 self.nodes.remove(&node);
                 let nodes = self.nodes.len() as u32;
                 self.owner.view.send_modify(|view| view.nodes = nodes);
@@ -223,8 +285,16 @@ impl<L: Launcher> Desk<'_, L> {
                 None
             }
             Input::Progress(place, progress) => {
-                if self.machine.first_place() != Some(&place) {
-                    return None;
+                // One rank that waits for the storage holds all up.
+                let waits = progress.phase == WAITING_FOR_STORAGE;
+                if waits || self.machine.first_place() != Some(&place) {
+                    self.owner.view.send_if_modified(|view| {
+                        waits && view.phase != progress.phase && {
+                            view.phase = progress.phase;
+                            true
+                        }
+                    });
+                    return Ok(None);
                 }
                 self.owner.view.send_modify(|view| {
                     view.phase = progress.phase;
@@ -241,7 +311,7 @@ impl<L: Launcher> Desk<'_, L> {
             }
             Input::Parts { generation, place, parts } => {
                 if generation != self.machine.generation() {
-                    return None;
+                    return Ok(None);
                 }
                 let step = parts.step;
                 self.parts.entry((generation, step)).or_default().insert(place.clone(), parts);
@@ -271,10 +341,34 @@ impl<L: Launcher> Desk<'_, L> {
                         self.answer();
                         Some(Event::Committed { generation, seq, step })
                     }
+                    Err(error) if is_stale(&error) => return Err(error),
                     Err(error) => Some(Event::CommitFailed { reason: format!("the commit failed: {error:#}") }),
                 }
             }
-        }
+        })
+    }
+
+    /// Answers an order in the run's events, where whoever gave it looks.
+    fn obey(&mut self, seq: u64, what: Order) -> Option<Event> {
+        let (event, refused) = match &what {
+            Order::Suspend => (Some(Event::StopRequested), None),
+            Order::Cancel => (Some(Event::CancelRequested), None),
+            Order::Drain { node } => match self.node(node) {
+                Some(node) => (Some(Event::Preempting { node, deadline: DRAIN }), None),
+                None => {
+                    let names: Vec<&str> = self.nodes.keys().map(String::as_str).collect();
+                    (None, Some(format!("there is no node {node}; the run has {}", names.join(", "))))
+                }
+            },
+        };
+        self.recorder.record(EventKind::Ordered { seq, what, refused });
+        event
+    }
+
+    /// A node by its name, or by its slot.
+    fn node(&self, name: &str) -> Option<String> {
+        let slot = format!("{}-{name}-", self.owner.spec.run);
+        self.nodes.keys().find(|node| *node == name || node.starts_with(&slot)).cloned()
     }
 
     /// Looks the newest intact commit up for those who ask, once none is being written.
@@ -292,7 +386,7 @@ impl<L: Launcher> Desk<'_, L> {
         }
     }
 
-    async fn carry_out(&mut self, effects: Vec<Effect>) -> Result<Option<Outcome>> {
+    fn carry_out(&mut self, effects: Vec<Effect>) -> Result<Option<Outcome>> {
         for effect in effects {
             tracing::debug!(?effect, "decided");
             match effect {
@@ -333,7 +427,7 @@ impl<L: Launcher> Desk<'_, L> {
                         view.generation = generation;
                         view.ranks = world;
                     });
-                    self.owner.record(EventKind::Started { world, from_commit }).await?;
+                    self.recorder.record(EventKind::Started { world, from_commit });
                 }
                 Effect::Found { generation, world } => {
                     tracing::info!(generation, world, "took over a generation that trains");
@@ -342,19 +436,18 @@ impl<L: Launcher> Desk<'_, L> {
                         view.ranks = world;
                     });
                 }
-                Effect::Regrouped(change) => self.regrouped(change).await?,
+                Effect::Regrouped(change) => self.regrouped(change),
                 Effect::Note { message } => {
                     tracing::warn!("{message}");
                     self.owner.view.send_modify(|view| view.message = Some(message));
                 }
                 Effect::End(outcome) => {
-                    self.owner
-                        .record(match outcome.clone() {
-                            Outcome::Finished => EventKind::Finished,
-                            Outcome::Suspended { reason } => EventKind::Suspended { reason },
-                            Outcome::Failed { message, .. } => EventKind::Failed { message },
-                        })
-                        .await?;
+                    self.recorder.record(match outcome.clone() {
+                        Outcome::Finished => EventKind::Finished,
+                        Outcome::Suspended { reason } => EventKind::Suspended { reason },
+                        Outcome::Failed { message, .. } => EventKind::Failed { message },
+                        Outcome::Cancelled => EventKind::Cancelled,
+                    });
                     return Ok(Some(outcome));
                 }
             }
@@ -362,7 +455,7 @@ impl<L: Launcher> Desk<'_, L> {
         Ok(None)
     }
 
-    async fn regrouped(&self, change: Change) -> Result<()> {
+    fn regrouped(&self, change: Change) {
         tracing::warn!(
             world = change.world,
             seconds = change.took.as_secs_f64(),
@@ -378,7 +471,7 @@ impl<L: Launcher> Desk<'_, L> {
         let Change { reason, failure, world_before, world, took, steps_lost, from_commit, .. } = change;
         let seconds = took.as_secs_f64();
         let kind = EventKind::Regrouped { reason, failure, world_before, world, seconds, steps_lost, from_commit };
-        Ok(self.owner.record(kind).await?)
+        self.recorder.record(kind);
     }
 
     /// Sends to a node. One that is gone will be noticed by its stream's end.
@@ -400,16 +493,16 @@ impl<L: Launcher> Desk<'_, L> {
         let written = self.parts.remove(&(generation, step)).unwrap_or_default();
         let parent = self.commit.clone();
         let run = self.owner.run.clone();
+        let lease = self.lease.clone();
         let keep = self.owner.spec.config.checkpoint.clone();
         let inputs = self.inputs.clone();
         self.writing = true;
         tokio::spawn(async move {
             let result = async {
                 let progress = assemble(written.into_values().collect())?;
-                let commit = Commit::after(parent.as_ref(), progress, jiff::Timestamp::now());
                 let commits = Commits::new(&run);
-                append(&commits, &commit).await?;
-                if let Err(error) = commits.retain(&keep).await {
+                let commit = follow(&commits, &lease, parent, progress).await?;
+                if let Err(error) = Commits::new(&run.impatient()).retain(&keep).await {
                     tracing::warn!(%error, "old commits were not removed; the next commit tries again");
                 }
                 Ok(commit)
@@ -421,18 +514,38 @@ impl<L: Launcher> Desk<'_, L> {
     }
 }
 
-/// Makes a commit durable, through what passes by itself.
-async fn append(commits: &Commits, commit: &Commit) -> Result<(), RunStoreError> {
-    let mut pause = Duration::from_millis(200);
+/// Whether this says that somebody else coordinates the run.
+fn is_stale(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(RunStoreError::Superseded { .. } | RunStoreError::Lost { .. }))
+}
+
+/// Makes the commit that follows `parent`. A coordinator that was replaced may have made one before it noticed: where it tells of a step of
+/// this run, this one follows it; where it does not, it is put away.
+async fn follow(
+    commits: &Commits,
+    lease: &Lease,
+    mut parent: Option<Commit>,
+    mut progress: Progress,
+) -> Result<Commit> {
+    progress.lease_epoch = lease.epoch();
+    let reached = (progress.generation, progress.step);
     loop {
-        match commits.append(commit).await {
-            Err(RunStoreError::Store(error)) if !error.is_permanent() && pause < LONGEST_PAUSE => {
-                tracing::warn!(%error, seq = commit.seq, "the commit was not written, trying again");
-            }
-            result => return result,
+        lease.check().await?;
+        let now = jiff::Timestamp::now();
+        let commit = Commit::after(parent.as_ref(), progress.clone(), now);
+        let lost = match commits.append(&commit).await {
+            Ok(()) => return Ok(commit),
+            Err(lost @ RunStoreError::Lost { .. }) => lost,
+            Err(error) => return Err(error.into()),
+        };
+        let theirs = commits.read(commit.seq).await?;
+        let stale = theirs.progress.lease_epoch < lease.epoch();
+        match (theirs.progress.generation, theirs.progress.step) {
+            _ if !stale => return Err(lost.into()),
+            there if there == reached => return Ok(theirs),
+            there if there < reached => parent = Some(theirs),
+            _ => commits.set_aside(commit.seq, now).await?,
         }
-        tokio::time::sleep(pause).await;
-        pause *= 2;
     }
 }
 
@@ -608,5 +721,87 @@ impl Service for Streams {
             }
         });
         Ok(Response::new(UnboundedReceiverStream::new(out)))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// What ranks of `generation` reached at `step`, as a checkpoint without parts would say.
+    fn reached(generation: u64, step: u64) -> Progress {
+        serde_json::from_value(serde_json::json!({
+            "generation": generation, "lease_epoch": 0, "step": step, "epoch": 0, "epoch_step": step, "cursor": step,
+            "lanes": 2, "window": 4, "segments": [], "history": [], "world": 2, "plan_base": null,
+            "ledger": { "kind": "ledger", "path": "checkpoints/1-1/ledger.roaring", "bytes": 0, "crc32c": 0 },
+            "parts": [], "losses": {}, "done": false,
+        }))
+        .unwrap()
+    }
+
+    struct Rivals {
+        _folder: tempfile::TempDir,
+        commits: Commits,
+        stale: Lease,
+        ours: Lease,
+        parent: Commit,
+    }
+
+    /// A run with one commit, whose coordinator was replaced.
+    async fn rivals() -> Rivals {
+        let folder = tempfile::tempdir().unwrap();
+        let run = Store::open(&folder.path().display().to_string()).unwrap();
+        let now = jiff::Timestamp::now();
+        let stale = Lease::take(&run, "stale", now).await.unwrap();
+        let commits = Commits::new(&run);
+        let parent = follow(&commits, &stale, None, reached(1, 10)).await.unwrap();
+        let ours = Lease::take(&run, "ours", now).await.unwrap();
+        Rivals { _folder: folder, commits, stale, ours, parent }
+    }
+
+    /// The stale coordinator's write, already on its way when the lease changed hands.
+    async fn late(rivals: &Rivals, step: u64) -> Commit {
+        let mut progress = reached(1, step);
+        progress.lease_epoch = rivals.stale.epoch();
+        let commit = Commit::after(Some(&rivals.parent), progress, jiff::Timestamp::now());
+        rivals.commits.append(&commit).await.unwrap();
+        commit
+    }
+
+    #[tokio::test]
+    async fn a_stale_coordinator_commits_nothing_more() {
+        let rivals = rivals().await;
+        let parent = Some(rivals.parent.clone());
+        let error = follow(&rivals.commits, &rivals.stale, parent.clone(), reached(1, 20)).await.unwrap_err();
+        assert!(is_stale(&error) && error.to_string().contains("ours coordinates it now"), "{error:#}");
+        assert_eq!(rivals.commits.list().await.unwrap(), [1]);
+        assert_eq!(follow(&rivals.commits, &rivals.ours, parent, reached(1, 20)).await.unwrap().seq, 2);
+    }
+
+    #[tokio::test]
+    async fn a_late_commit_of_a_stale_coordinator_is_followed_where_it_tells_of_the_past() {
+        let rivals = rivals().await;
+        let theirs = late(&rivals, 20).await;
+        let ours = follow(&rivals.commits, &rivals.ours, Some(rivals.parent.clone()), reached(1, 30)).await.unwrap();
+        assert_eq!((ours.seq, ours.parent), (3, Some(theirs.write_id)));
+        assert_eq!(ours.progress.lease_epoch, rivals.ours.epoch());
+    }
+
+    #[tokio::test]
+    async fn the_same_checkpoint_committed_by_both_counts_once() {
+        let rivals = rivals().await;
+        let theirs = late(&rivals, 20).await;
+        let ours = follow(&rivals.commits, &rivals.ours, Some(rivals.parent.clone()), reached(1, 20)).await.unwrap();
+        assert_eq!(ours, theirs);
+    }
+
+    #[tokio::test]
+    async fn a_late_commit_of_steps_that_this_run_never_took_is_put_away() {
+        let rivals = rivals().await;
+        late(&rivals, 50).await;
+        let ours = follow(&rivals.commits, &rivals.ours, Some(rivals.parent.clone()), reached(1, 30)).await.unwrap();
+        assert_eq!((ours.seq, ours.parent.clone()), (2, Some(rivals.parent.write_id.clone())));
+        assert_eq!(rivals.commits.read(2).await.unwrap(), ours);
     }
 }

@@ -9,6 +9,9 @@ pub mod v1 {
 /// Largest message on either side: a spec is kilobytes, a part list of 10,000 shards a megabyte.
 pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
+/// Phase of a rank that waits for the storage to answer. All others wait with it.
+pub const WAITING_FOR_STORAGE: &str = "waiting for storage";
+
 /// Exit codes of `sgcl-worker`.
 pub mod exit {
     /// Done.

@@ -37,6 +37,16 @@ pub(crate) enum Command {
     Run(RunArgs),
     /// Train on a cluster: makes an SgclRun
     Submit(cluster::SubmitArgs),
+    /// Go on with a run that was suspended or broke off: `run --local --resume`
+    Resume(ResumeArgs),
+    /// Let a run that is under way finish its step, commit and end; `resume` goes on with it
+    #[command(after_help = ORDER_HELP)]
+    Suspend(OrderArgs),
+    /// End a run for good; what it has committed stays
+    #[command(after_help = ORDER_HELP)]
+    Cancel(OrderArgs),
+    /// Send one node of a run home: it hands over what it holds, and another takes its place
+    Drain(DrainArgs),
     /// How a run stands: on the cluster, or with --bucket from the bucket alone
     Status(StatusArgs),
     /// The runs on the cluster, or with --bucket in a bucket
@@ -186,6 +196,45 @@ pub(crate) struct RunArgs {
     /// Check configuration, patch set and bucket, say what would be trained, and stop
     #[arg(long)]
     pub(crate) dry_run: bool,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Example:
+  sgclctl resume first --bucket runs
+
+Nodes, ranks and configuration are the run's own; `sgclctl run --local --resume` takes others.")]
+pub(crate) struct ResumeArgs {
+    /// Name of the run
+    pub(crate) run: String,
+    #[command(flatten)]
+    pub(crate) bucket: Bucket,
+}
+
+const ORDER_HELP: &str = "\
+Works from any machine that may write to the bucket: the run's coordinator looks there, wherever it is. Ends once the run has ended,
+with 69 where nobody answers.";
+
+#[derive(Args, Debug)]
+pub(crate) struct OrderArgs {
+    /// Name of the run
+    pub(crate) run: String,
+    #[command(flatten)]
+    pub(crate) bucket: Bucket,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  sgclctl drain first 1 --bucket runs              (the node in slot 1)
+  sgclctl drain first first-1-0 --bucket runs      (by its name, as `describe` gives it)
+
+No step is lost. Ends once the coordinator has taken the order; `describe` shows what followed.")]
+pub(crate) struct DrainArgs {
+    #[command(flatten)]
+    pub(crate) order: OrderArgs,
+    /// The node: its name, or its slot
+    pub(crate) node: String,
 }
 
 /// Defaults, then the file, then each override.

@@ -152,7 +152,7 @@ fn store(error: &StoreError) -> Known {
     match error {
         StoreError::BadUrl { .. } => (Exit::Usage, None),
         StoreError::Profile { .. } => (Exit::Config, None),
-        StoreError::NotFound { .. } | StoreError::TooLarge { .. } | StoreError::CutShort { .. } => (Exit::Data, None),
+        StoreError::NotFound { .. } | StoreError::TooLarge { .. } | StoreError::TooShort { .. } => (Exit::Data, None),
         StoreError::NoSpace { .. } => (Exit::CannotCreate, None),
         StoreError::NoBucket { .. }
         | StoreError::NoCredentials { .. }
@@ -169,6 +169,7 @@ fn run_store(error: &RunStoreError) -> Known {
         RunStoreError::Store(e) => store(e),
         RunStoreError::RunName { .. } => (Exit::Usage, None),
         RunStoreError::SpecDiffers { .. } => (Exit::Config, Some("--name starts another run beside it")),
+        RunStoreError::Superseded { .. } => (Exit::Failed, Some("watch it with `sgclctl status`; nothing was lost")),
         RunStoreError::Lost { .. } => (Exit::Failed, Some("end one of the two sgclctl that train this run")),
         _ => (Exit::Data, None),
     }

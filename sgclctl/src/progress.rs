@@ -29,6 +29,14 @@ pub(crate) fn bar(out: Out, length: u64, template: &str) -> ProgressBar {
     bars().add(bar)
 }
 
+/// A sign of life while something is waited for; hidden where nobody would see it.
+pub(crate) fn spinner(out: Out, message: String) -> ProgressBar {
+    let spinner = bar(out, 0, "{spinner} {msg} ({elapsed})");
+    spinner.set_message(message);
+    spinner.enable_steady_tick(Duration::from_millis(100));
+    spinner
+}
+
 /// How often a run says where it is when there is neither a terminal nor JSON.
 const PLAIN_EVERY: Duration = Duration::from_secs(10);
 

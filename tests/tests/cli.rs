@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
-use sgcl_tests::{Programs, S3Server};
+use sgcl_tests::{Programs, S3Server, SmallDisk};
 
 /// A configuration that trains in seconds on some dozen patches of 64 px.
 const SMALL: [&str; 9] = [
@@ -71,27 +71,78 @@ fn slides_become_weights_through_an_s3_server_alone() {
     assert_eq!(again.code, Some(73), "{}", again.stderr);
 }
 
-/// A file system of `megabytes`, unmounted when dropped; none where the test may not mount.
-struct SmallDisk(tempfile::TempDir);
-
-impl SmallDisk {
-    fn mount(megabytes: u32) -> Result<Self, String> {
-        let folder = tempfile::tempdir().map_err(|e| e.to_string())?;
-        let size = format!("size={megabytes}m");
-        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(folder.path()).output();
-        match mount {
-            Ok(done) if done.status.success() => Ok(Self(folder)),
-            Ok(done) => Err(String::from_utf8_lossy(&done.stderr).trim().to_owned()),
-            Err(error) => Err(error.to_string()),
-        }
-    }
+/// A run of many epochs that trains in the background until it is told otherwise.
+fn train_long(programs: &Programs, data: &str, bucket: &str) -> std::process::Child {
+    let mut arguments = train(data, bucket, "long");
+    arguments.extend(["--set", "epochs=2000"]);
+    quiet(programs.sgclctl(&arguments))
 }
 
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // A mount left behind goes with the machine.
-        let _ = Command::new("umount").arg(self.0.path()).status();
+fn quiet(mut command: Command) -> std::process::Child {
+    command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null()).spawn().unwrap()
+}
+
+fn status(programs: &Programs, bucket: &str) -> Value {
+    let told = programs.call(&["status", "long", "--bucket", bucket, "--output", "json"]).unwrap().success();
+    serde_json::from_str(&told.stdout).unwrap()
+}
+
+/// Waits until the run has trained beyond `step`.
+fn trained(programs: &Programs, bucket: &str, step: u64) {
+    for _ in 0..600 {
+        if Path::new(bucket).join("runs/long/spec.json").exists() {
+            let status = status(programs, bucket);
+            if status["phase"] == "running" && status["step"].as_u64() > Some(step) {
+                return;
+            }
+        }
+        std::thread::sleep(std::time::Duration::from_millis(200));
     }
+    panic!("the run never got beyond step {step}");
+}
+
+#[test]
+fn a_run_under_way_is_drained_suspended_resumed_and_cancelled_from_another_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let programs = Programs::find().unwrap();
+    let data = text(&folder.path().join("patches"));
+    let bucket = text(&folder.path().join("bucket"));
+    ingest(&programs, &slides(&programs, &folder.path().join("slides")), &data);
+    let order = |words: &[&str]| {
+        let mut arguments = words.to_vec();
+        arguments.extend(["--bucket", &bucket]);
+        programs.call(&arguments).unwrap()
+    };
+
+    let mut run = train_long(&programs, &data, &bucket);
+    trained(&programs, &bucket, 20);
+    let unknown = order(&["drain", "long", "7"]);
+    assert_eq!(unknown.code, Some(65), "{}", unknown.stderr);
+    assert!(unknown.stderr.contains("there is no node 7; the run has long-0-0"), "{}", unknown.stderr);
+    let _ = order(&["suspend", "long"]).success();
+    assert_eq!(run.wait().unwrap().code(), Some(75));
+    let suspended = status(&programs, &bucket);
+    assert_eq!(suspended["phase"], "suspended");
+    let _ = order(&["suspend", "long"]).success();
+    let step = suspended["step"].as_u64().unwrap();
+
+    let mut run = quiet(programs.sgclctl(&["resume", "long", "--bucket", &bucket]));
+    trained(&programs, &bucket, step + 20);
+    let _ = order(&["drain", "long", "0"]).success();
+    let described = (0..300).find_map(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let text = order(&["describe", "long"]).success().stdout;
+        text.contains("was told to leave").then_some(text)
+    });
+    let described = described.expect("the drain is told of");
+    assert!(described.contains("drain 0") && described.contains("suspend"), "{described}");
+    let _ = order(&["cancel", "long"]).success();
+    assert_eq!(run.wait().unwrap().code(), Some(1));
+    assert_eq!(status(&programs, &bucket)["phase"], "cancelled");
+    let again = order(&["resume", "long"]);
+    assert_eq!(again.code, Some(65), "{}", again.stderr);
+    assert!(again.stderr.contains("was cancelled"), "{}", again.stderr);
+    let _ = order(&["verify", "long"]).success();
 }
 
 #[test]
@@ -110,22 +161,22 @@ fn a_full_disk_is_named_and_nothing_half_written_looks_whole() {
     ingest(&programs, &slides, &data);
 
     // A checkpoint of ResNet-18 needs ten times this disk.
-    let bucket = text(&disk.0.path().join("runs"));
+    let bucket = text(&disk.path().join("runs"));
     let run = programs.call(&train(&data, &bucket, "first")).unwrap();
     assert_eq!(run.code, Some(73), "stdout:\n{}\nstderr:\n{}", run.stdout, run.stderr);
     assert!(run.stderr.contains("no space left") && run.stderr.contains(&bucket), "{}", run.stderr);
     assert!(run.stderr.contains("hint: "), "{}", run.stderr);
-    let commits = disk.0.path().join("runs/runs/first/commits");
+    let commits = disk.path().join("runs/runs/first/commits");
     let left = std::fs::read_dir(commits).map_or(0, Iterator::count);
     assert_eq!(left, 0, "no commit names parts that are not whole");
 
     // A patch set that does not fit is not there.
-    let small = text(&disk.0.path().join("set"));
-    std::fs::write(disk.0.path().join("filler"), vec![0; 7 << 20]).ok();
+    let small = text(&disk.path().join("set"));
+    std::fs::write(disk.path().join("filler"), vec![0; 7 << 20]).ok();
     let mut arguments = vec!["ingest", "--to", &small, "--patch-px", "64", "--level", "0"];
     arguments.extend(slides.iter().map(String::as_str));
     let ingest = programs.call(&arguments).unwrap();
     assert_eq!(ingest.code, Some(73), "{}", ingest.stderr);
     assert!(ingest.stderr.contains("no space left") && ingest.stderr.contains("hint: "), "{}", ingest.stderr);
-    assert!(!disk.0.path().join("set/patchset.json").exists());
+    assert!(!disk.path().join("set/patchset.json").exists());
 }

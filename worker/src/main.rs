@@ -29,6 +29,9 @@ enum Command {
     Rank(rank::RankArgs),
     /// Probe frozen features of a labelled patch set; JSON lines on standard output
     Eval(eval::EvalArgs),
+    /// Train as one rank of a world without coordinator, metrics and commits; seconds of each step's end on standard output
+    #[command(hide = true)]
+    Bare(rank::bare::BareArgs),
 }
 
 fn main() -> ExitCode {
@@ -64,6 +67,10 @@ fn run(command: Command) -> Result<ExitCode> {
                 // The reader is gone: the work is for nobody, but harmless.
                 let _ = writeln!(out, "{line}").and_then(|()| out.flush());
             })?;
+            Ok(ExitCode::from(exit::DONE))
+        }
+        Command::Bare(args) => {
+            rank::bare::main(runtime.handle(), &args, &mut std::io::stdout().lock())?;
             Ok(ExitCode::from(exit::DONE))
         }
     }

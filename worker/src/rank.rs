@@ -1,13 +1,17 @@
 //! A rank, from assignment to export.
 
+pub(crate) mod bare;
 mod checkpoint;
+mod fill;
 mod loader;
+mod metrics;
 mod reunite;
 mod ring;
 mod setup;
 mod step;
 mod tensors;
 mod train;
+mod wait;
 
 use std::process::ExitCode;
 
@@ -17,7 +21,7 @@ use nix::sys::signal::Signal;
 use sgcl::collective::CollectiveError;
 use sgcl::kmeans::KMeansError;
 use sgcl::objective::StepError;
-use sgcl_patchset::StoreError;
+use sgcl_patchset::{ReadError, StoreError};
 use sgcl_proto::{exit, v1};
 use sgcl_runstore::RunStoreError;
 use tokio::runtime::Handle;
@@ -118,13 +122,14 @@ fn is_broken(error: &anyhow::Error) -> bool {
 /// What a failure means to whoever restarts ranks: the user's to mend, or worth another try.
 pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
-        let store = match cause.downcast_ref::<RunStoreError>() {
-            Some(RunStoreError::Store(store)) => Some(store),
+        let store = match (cause.downcast_ref::<RunStoreError>(), cause.downcast_ref::<ReadError>()) {
+            (Some(RunStoreError::Store(store)), _) | (_, Some(ReadError::Store(store))) => Some(store),
             _ => cause.downcast_ref::<StoreError>(),
         };
         match store {
             Some(StoreError::NoSpace { .. }) => return exit::CANNOT_CREATE,
             Some(StoreError::NoBucket { .. } | StoreError::NoCredentials { .. }) => return exit::UNAVAILABLE,
+            Some(store) if !store.is_permanent() => return exit::INTERNAL,
             _ => {}
         }
         if cause.is::<sgcl_runstore::ConfigError>() || cause.is::<sgcl::objective::ParamsError>() {
@@ -132,7 +137,7 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> u8 {
         }
         if cause.is::<sgcl_patchset::ManifestError>()
             || cause.is::<sgcl_patchset::IndexError>()
-            || cause.is::<sgcl_patchset::ReadError>()
+            || cause.is::<ReadError>()
             || cause.is::<sgcl::weights::WeightsError>()
             || cause.is::<sgcl::probe::ProbeError>()
         {

@@ -10,8 +10,9 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde_json::json;
-use sgcl_runstore::Commits;
-use sgcl_runstore::status::{self, RunStatus};
+use sgcl_proto::WAITING_FOR_STORAGE;
+use sgcl_runstore::status;
+use sgcl_runstore::{Commits, Order, Orders};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -220,15 +221,20 @@ impl Conductor {
         if let Some(ignored) = prepared.ignored.clone() {
             self.reporter.event(true, "ChangeIgnored", ignored).await;
         }
-        let before = RunStatus::read(&prepared.store).await?;
+        let before = status::Phase::read(&prepared.store).await?;
         let mut facts = Facts {
             epochs: Some(prepared.spec.config.epochs),
             url: Some(prepared.store.url().to_owned()),
             ..self.facts(run, Phase::Waiting, None)
         };
-        if before.phase == status::Phase::Finished {
+        let over = match before {
+            status::Phase::Finished => Some(Phase::Finished),
+            status::Phase::Cancelled => Some(Phase::Cancelled),
+            _ => None,
+        };
+        if let Some(phase) = over {
             self.clear().await?;
-            self.reporter.tell(&Facts { phase: Phase::Finished, ..facts }).await;
+            self.reporter.tell(&Facts { phase, ..facts }).await;
             return Ok(Next::Rest);
         }
         if !held(run) {
@@ -240,7 +246,7 @@ impl Conductor {
         let launcher = KubeLauncher::open(jobs, pods, &self.name, owner, plan.pods.clone(), ranks).await?;
         launcher.trim(plan.nodes);
         let mut news = self.shared.pods.of_run(&self.name);
-        let training = before.phase == status::Phase::Running;
+        let training = before == status::Phase::Running;
         let wish = Wish::of(run);
         let gathered = self.gather(wish, object, plan, &launcher, &mut news, &mut facts, training).await;
         if let Some(next) = gathered.inspect_err(|_| self.shared.gangs.stand(&self.name, None))? {
@@ -255,6 +261,9 @@ impl Conductor {
             Ok(Outcome::Finished) => {
                 self.reporter.tell(&Facts { phase: Phase::Finished, message: None, ..facts }).await;
             }
+            Ok(Outcome::Cancelled) => {
+                self.reporter.tell(&Facts { phase: Phase::Cancelled, message: None, ..facts }).await;
+            }
             Ok(Outcome::Failed { message, .. }) => drop(self.fail(&now, message.clone()).await),
             Ok(Outcome::Suspended { .. }) => {}
             // Nobody was sent home: they train on, and the next try takes them over.
@@ -264,7 +273,7 @@ impl Conductor {
             sent_home(&launcher, &mut news).await;
         }
         match outcome {
-            Ok(Outcome::Finished | Outcome::Failed { .. }) => Ok(Next::Rest),
+            Ok(Outcome::Finished | Outcome::Cancelled | Outcome::Failed { .. }) => Ok(Next::Rest),
             Ok(Outcome::Suspended { .. }) if Wish::of(&now) != wish => Ok(Next::Look),
             Ok(Outcome::Suspended { reason }) => Ok(Next::Retry(reason)),
             // Another leader's commit, a bucket that is away: the next try finds out which.
@@ -426,7 +435,11 @@ impl Conductor {
                     let now = Wish::of(&object.borrow());
                     if now != wish && give_up.is_none() {
                         tracing::info!(run = self.name, "asked to commit and stop");
-                        stop.cancel();
+                        if now.cancel && !now.gone {
+                            Orders::new(&prepared.store).give(Order::Cancel, jiff::Timestamp::now()).await?;
+                        } else {
+                            stop.cancel();
+                        }
                         give_up = Some(Instant::now() + COMMIT);
                     }
                 }
@@ -448,6 +461,9 @@ impl Conductor {
             facts.phase = if seen.ranks > 0 { Phase::Running } else { Phase::Waiting };
             facts.message = match launcher.waiting() {
                 Some((_, message)) => Some(message),
+                None if seen.phase == WAITING_FOR_STORAGE => {
+                    Some("the bucket does not answer; training waits for it".into())
+                }
                 None if seen.ranks == 0 => seen.message.clone().or_else(|| Some("nodes are joining".into())),
                 None => None,
             };

@@ -59,6 +59,8 @@ pub enum Event {
     RankFailed { place: Place, attempt: u32, message: String, code: i32 },
     /// The user wants to stop; the second time at once.
     StopRequested,
+    /// The user gives the run up.
+    CancelRequested,
     /// Time passed.
     Tick,
 }
@@ -134,4 +136,6 @@ pub enum Outcome {
     Suspended { reason: String },
     /// Given up.
     Failed { message: String, code: i32 },
+    /// Ended for good on request.
+    Cancelled,
 }

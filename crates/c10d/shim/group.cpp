@@ -104,6 +104,10 @@ int32_t sgcl_barrier(SgclGroup* group, char** message) {
   return guarded(message, [&] { finish(group->backend->barrier()); });
 }
 
+int32_t sgcl_group_set_timeout(SgclGroup* group, int64_t timeout_ms, char** message) {
+  return guarded(message, [&] { group->backend->setTimeout(milliseconds(timeout_ms)); });
+}
+
 int32_t sgcl_group_abort(SgclGroup* group, char** message) {
   return guarded(message, [&] { group->backend->abort(); });
 }

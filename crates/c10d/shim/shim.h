@@ -48,6 +48,7 @@ int32_t sgcl_all_gather(SgclGroup* group, void* output, void* input, char** mess
 int32_t sgcl_reduce_scatter(SgclGroup* group, void* output, void* input, char** message);
 int32_t sgcl_broadcast(SgclGroup* group, void* tensor, int32_t root, char** message);
 int32_t sgcl_barrier(SgclGroup* group, char** message);
+int32_t sgcl_group_set_timeout(SgclGroup* group, int64_t timeout_ms, char** message);
 int32_t sgcl_group_abort(SgclGroup* group, char** message);
 int32_t sgcl_group_shutdown(SgclGroup* group, char** message);
 void sgcl_group_free(SgclGroup* group);

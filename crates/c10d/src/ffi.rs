@@ -108,6 +108,7 @@ unsafe extern "C" {
     ) -> i32;
     pub(crate) fn sgcl_broadcast(group: *mut SgclGroup, tensor: *mut c_void, root: i32, message: Message) -> i32;
     pub(crate) fn sgcl_barrier(group: *mut SgclGroup, message: Message) -> i32;
+    pub(crate) fn sgcl_group_set_timeout(group: *mut SgclGroup, timeout_ms: i64, message: Message) -> i32;
     pub(crate) fn sgcl_group_abort(group: *mut SgclGroup, message: Message) -> i32;
     pub(crate) fn sgcl_group_shutdown(group: *mut SgclGroup, message: Message) -> i32;
     pub(crate) fn sgcl_group_free(group: *mut SgclGroup);

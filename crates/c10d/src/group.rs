@@ -108,6 +108,17 @@ impl ProcessGroup {
         Self::owned(operation, out, rank, world, Device::Cuda(device))
     }
 
+    /// Bounds every later collective by `timeout` instead.
+    ///
+    /// # Errors
+    /// The backend refuses.
+    pub fn set_timeout(&self, timeout: Duration) -> Result<(), Error> {
+        // SAFETY: the group is alive.
+        check("set a timeout", |message| unsafe {
+            ffi::sgcl_group_set_timeout(self.as_ptr(), millis(timeout), message)
+        })
+    }
+
     /// This process's place, from 0.
     #[must_use]
     pub fn rank(&self) -> usize {

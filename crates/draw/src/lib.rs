@@ -32,6 +32,8 @@ pub enum Purpose {
     Probe = 10,
     /// Patches shown in reports.
     Report = 11,
+    /// Storage faults that tests inject; item = request.
+    Faults = 12,
 }
 
 /// The stream of draws for one item.

@@ -31,5 +31,5 @@ pub use plan::{EpochPlan, PlanError};
 pub use reader::{ReadError, ShardReader};
 pub use set::{NoSuchSlide, OpenError, PatchSet, Subset};
 pub use split::{Split, SplitError, split};
-pub use store::{Created, Listed, Store, StoreError};
+pub use store::{Created, Listed, Store, StoreError, faults};
 pub use writer::{Opened, PatchSetWriter, SlideInfo, SlideWriter, WriteError, WriterOptions};

@@ -7,13 +7,16 @@
 //! | `data/set`, `/data/set` | a directory, relative to the working directory or not |
 //!
 //! Objects appear whole or not at all: S3 promises it, and a directory gets it by writing beside the target and renaming. A write
-//! that must not overwrite goes through [`Store::create`]. Errors name the object and the remedy and never hold a secret.
+//! that must not overwrite goes through [`Store::create`]. Errors name the object and the remedy and never hold a secret. What passes by
+//! itself is reported, or waited for by a [`Store::patient`] one.
 
 mod aws;
 mod error;
+pub mod faults;
+mod patience;
 
-use std::io::{Read, Seek};
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::{Component, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,9 +25,10 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{ObjectStore, ObjectStoreExt, PutMode, PutOptions, WriteMultipart};
+use object_store::{GetOptions, GetRange, GetResult, ObjectStore, ObjectStoreExt, PutMode, PutOptions, WriteMultipart};
 
 pub use error::StoreError;
+use patience::Patience;
 
 /// Objects above this size are uploaded in parts.
 const MULTIPART_BYTES: usize = 32 << 20;
@@ -33,6 +37,8 @@ const PART_BYTES: usize = 16 << 20;
 const PARTS_IN_FLIGHT: usize = 4;
 /// What [`Store::create`] is ready to read back.
 const CREATE_BYTES: u64 = 256 << 20;
+/// Before the next try of a transfer that brought nothing.
+const NO_BYTES_PAUSE: Duration = Duration::from_millis(200);
 
 /// A place for objects: a bucket or directory and a prefix in it. Cheap to clone.
 #[derive(Clone)]
@@ -41,6 +47,7 @@ pub struct Store {
     prefix: Path,
     url: String,
     local_root: Option<PathBuf>,
+    patience: Option<Arc<Patience>>,
 }
 
 /// What came of [`Store::create`].
@@ -88,6 +95,13 @@ impl Store {
     /// # Errors
     /// As [`Store::open`].
     pub fn open_with_env(url: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, StoreError> {
+        let store = Self::open_plain(url, env)?;
+        #[cfg(feature = "faults")]
+        let store = faults::as_asked(store, env)?;
+        Ok(store)
+    }
+
+    fn open_plain(url: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, StoreError> {
         let trimmed = url.trim();
         if let Some(rest) = trimmed.strip_prefix("s3://") {
             return Self::open_s3(rest, env);
@@ -110,7 +124,7 @@ impl Store {
         let prefix = Path::from_absolute_path(&root).map_err(|e| bad(&e.to_string()))?;
         let url = url::Url::from_file_path(&root).map_err(|()| bad("it is not an absolute path"))?.to_string();
         let inner = LocalFileSystem::new().with_fsync(true);
-        Ok(Self { inner: Arc::new(inner), prefix, url, local_root: Some(root) })
+        Ok(Self { inner: Arc::new(inner), prefix, url, local_root: Some(root), patience: None })
     }
 
     fn open_s3(rest: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, StoreError> {
@@ -131,13 +145,13 @@ impl Store {
         }
         let prefix = Path::parse(prefix).map_err(|e| bad(e.to_string()))?;
         let inner = aws::s3(bucket, &url, env)?;
-        Ok(Self { inner: Arc::new(inner), prefix, url, local_root: None })
+        Ok(Self { inner: Arc::new(inner), prefix, url, local_root: None, patience: None })
     }
 
     /// A store over any [`ObjectStore`]: an in-memory one in tests, or a wrapper that injects faults. `url` is what errors call it.
     #[must_use]
     pub fn from_parts(inner: Arc<dyn ObjectStore>, prefix: Path, url: impl Into<String>) -> Self {
-        Self { inner, prefix, url: url.into(), local_root: None }
+        Self { inner, prefix, url: url.into(), local_root: None, patience: None }
     }
 
     /// The same place seen through another [`ObjectStore`], for wrappers that inject faults or count requests.
@@ -158,6 +172,7 @@ impl Store {
             prefix: self.path(rel),
             url: self.object(rel),
             local_root: self.local_root.as_ref().map(|root| root.join(rel)),
+            patience: self.patience.clone(),
         }
     }
 
@@ -192,6 +207,10 @@ impl Store {
     /// # Errors
     /// Not found, larger than the limit, cut short, or the storage cannot be used.
     pub async fn get(&self, rel: &str, max_bytes: u64) -> Result<Bytes, StoreError> {
+        self.retrying("to read", || self.get_once(rel, max_bytes)).await
+    }
+
+    async fn get_once(&self, rel: &str, max_bytes: u64) -> Result<Bytes, StoreError> {
         let fail = |e| self.error(rel, e);
         let reply = self.inner.get(&self.path(rel)).await.map_err(fail)?;
         let size = reply.meta.size;
@@ -207,15 +226,33 @@ impl Store {
     /// # Errors
     /// Not found, shorter than the range, or the storage cannot be used.
     pub async fn get_range(&self, rel: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
+        self.retrying("to read", || self.get_range_once(rel, range.clone())).await
+    }
+
+    async fn get_range_once(&self, rel: &str, range: Range<u64>) -> Result<Bytes, StoreError> {
         let expected = range.end.saturating_sub(range.start);
         if expected == 0 {
             return Ok(Bytes::new());
         }
-        let bytes = self.inner.get_range(&self.path(rel), range).await.map_err(|e| self.error(rel, e))?;
-        self.expect_length(rel, bytes, expected)
+        let error = match self.inner.get_range(&self.path(rel), range.clone()).await {
+            Ok(bytes) if bytes.len() as u64 == expected => return Ok(bytes),
+            Ok(bytes) => StoreError::CutShort { object: self.object(rel), expected, found: bytes.len() as u64 },
+            Err(error) => self.error(rel, error),
+        };
+        if error.is_permanent() {
+            return Err(error);
+        }
+        // The transfer broke off, which passes, or the object ends before the range does, which does not.
+        match self.inner.head(&self.path(rel)).await {
+            Ok(meta) if meta.size < range.end => {
+                Err(StoreError::TooShort { object: self.object(rel), bytes: meta.size, needed: range.end })
+            }
+            _ => Err(error),
+        }
     }
 
-    /// Streams an object into `sink` chunk by chunk; returns the bytes seen.
+    /// Streams an object into `sink` chunk by chunk, every byte once; returns the bytes seen. Where the transfer breaks off, a
+    /// patient store goes on behind the last byte that came.
     ///
     /// # Errors
     /// As [`Store::get`], and what `sink` reports.
@@ -224,14 +261,43 @@ impl Store {
         rel: &str,
         mut sink: impl FnMut(Bytes) -> Result<(), E>,
     ) -> Result<u64, E> {
-        let fail = |e| E::from(self.error(rel, e));
-        let mut chunks = self.inner.get(&self.path(rel)).await.map_err(fail)?.into_stream();
-        let mut seen = 0;
-        while let Some(chunk) = chunks.try_next().await.map_err(fail)? {
-            seen += chunk.len() as u64;
-            sink(chunk)?;
+        let (mut seen, mut etag) = (0, None);
+        loop {
+            let reply = self.retrying("to read", || self.get_from(rel, seen, etag.as_ref())).await?;
+            let size = reply.meta.size;
+            etag = reply.meta.e_tag.clone();
+            let before = seen;
+            let mut chunks = reply.into_stream();
+            let broken = loop {
+                match chunks.try_next().await {
+                    Ok(Some(chunk)) => {
+                        seen += chunk.len() as u64;
+                        sink(chunk)?;
+                    }
+                    Ok(None) if seen == size => return Ok(seen),
+                    Ok(None) => {
+                        break StoreError::CutShort { object: self.object(rel), expected: size, found: seen };
+                    }
+                    Err(error) => break self.error(rel, error),
+                }
+            };
+            if self.patience.is_none() || broken.is_permanent() {
+                return Err(broken.into());
+            }
+            if seen == before {
+                tokio::time::sleep(NO_BYTES_PAUSE).await;
+            }
         }
-        Ok(seen)
+    }
+
+    /// An object from byte `start` on, where it is still the one with `etag`.
+    async fn get_from(&self, rel: &str, start: u64, etag: Option<&String>) -> Result<GetResult, StoreError> {
+        let options = GetOptions {
+            range: (start > 0).then_some(GetRange::Offset(start)),
+            if_match: etag.cloned(),
+            ..GetOptions::default()
+        };
+        self.inner.get_opts(&self.path(rel), options).await.map_err(|e| self.error(rel, e))
     }
 
     /// Writes an object whole, over what was there. Large ones go up in parts.
@@ -241,35 +307,33 @@ impl Store {
     pub async fn put(&self, rel: &str, bytes: impl Into<Bytes>) -> Result<(), StoreError> {
         let bytes = bytes.into();
         if bytes.len() > MULTIPART_BYTES {
-            return self.put_chunks(rel, std::iter::once(Ok(bytes))).await;
+            return self.put_chunks(rel, || std::iter::once(Ok(bytes.clone()))).await;
         }
-        self.inner.put(&self.path(rel), bytes.into()).await.map_err(|e| self.error(rel, e))?;
-        Ok(())
+        self.retrying("to write", || async {
+            let written = self.inner.put(&self.path(rel), bytes.clone().into()).await;
+            written.map(drop).map_err(|e| self.unwritten(rel, e))
+        })
+        .await
     }
 
     /// Writes all of an open file as an object, in bounded memory.
     ///
     /// # Errors
     /// As [`Store::put`], or the file cannot be read.
-    pub async fn put_open_file(&self, rel: &str, mut file: std::fs::File) -> Result<(), StoreError> {
-        let object = self.object(rel);
-        let unreadable = move |source: std::io::Error| StoreError::Unreadable { object: object.clone(), source };
-        let bytes = file.metadata().map_err(&unreadable)?.len();
-        file.rewind().map_err(&unreadable)?;
-        if bytes <= MULTIPART_BYTES as u64 {
-            let mut whole = Vec::new();
-            file.read_to_end(&mut whole).map_err(&unreadable)?;
-            return self.put(rel, whole).await;
+    pub async fn put_open_file(&self, rel: &str, file: std::fs::File) -> Result<(), StoreError> {
+        let unreadable = |source: std::io::Error| StoreError::Unreadable { object: self.object(rel), source };
+        let length = file.metadata().map_err(unreadable)?.len();
+        let chunk_at = |at: u64, bytes: u64| {
+            #[allow(clippy::cast_possible_truncation)]
+            let mut chunk = vec![0; bytes as usize];
+            file.read_exact_at(&mut chunk, at).map_err(unreadable)?;
+            Ok(Bytes::from(chunk))
+        };
+        if length <= MULTIPART_BYTES as u64 {
+            return self.put(rel, chunk_at(0, length)?).await;
         }
-        let chunks = std::iter::from_fn(|| {
-            let mut chunk = Vec::with_capacity(PART_BYTES);
-            match (&mut file).take(PART_BYTES as u64).read_to_end(&mut chunk) {
-                Ok(0) => None,
-                Ok(_) => Some(Ok(Bytes::from(chunk))),
-                Err(e) => Some(Err(unreadable(e))),
-            }
-        });
-        self.put_chunks(rel, chunks).await
+        let starts = || (0..length).step_by(PART_BYTES);
+        self.put_chunks(rel, || starts().map(|at| chunk_at(at, (length - at).min(PART_BYTES as u64)))).await
     }
 
     /// Writes a local file as an object, in bounded memory.
@@ -282,12 +346,21 @@ impl Store {
         self.put_open_file(rel, file).await
     }
 
-    async fn put_chunks(
+    /// `chunks` gives them anew for every try.
+    async fn put_chunks<I: Iterator<Item = Result<Bytes, StoreError>>>(
+        &self,
+        rel: &str,
+        chunks: impl Fn() -> I,
+    ) -> Result<(), StoreError> {
+        self.retrying("to write", || self.put_chunks_once(rel, chunks())).await
+    }
+
+    async fn put_chunks_once(
         &self,
         rel: &str,
         chunks: impl Iterator<Item = Result<Bytes, StoreError>>,
     ) -> Result<(), StoreError> {
-        let fail = |e| self.error(rel, e);
+        let fail = |e| self.unwritten(rel, e);
         let upload = self.inner.put_multipart(&self.path(rel)).await.map_err(fail)?;
         let mut writer = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
         for chunk in chunks {
@@ -325,6 +398,10 @@ impl Store {
             bytes.windows(write_id.len().max(1)).any(|w| w == write_id.as_bytes()),
             "the object must hold its write id"
         );
+        self.retrying("to create", || self.create_once(rel, bytes.clone())).await
+    }
+
+    async fn create_once(&self, rel: &str, bytes: Bytes) -> Result<Created, StoreError> {
         let path = self.path(rel);
         let mut pause = Duration::from_millis(50);
         for _ in 0..4 {
@@ -338,7 +415,7 @@ impl Store {
             if !exists && error.is_permanent() {
                 return Err(error);
             }
-            match self.get(rel, CREATE_BYTES.max(bytes.len() as u64)).await {
+            match self.get_once(rel, CREATE_BYTES.max(bytes.len() as u64)).await {
                 Ok(found) if found == bytes => return Ok(Created::Created),
                 Ok(found) => return Ok(Created::Exists(found)),
                 // Neither ours nor anyone's: the rival of a conflict gave up, or our request never arrived.
@@ -358,8 +435,11 @@ impl Store {
     /// The storage cannot be used.
     pub async fn list(&self, rel: &str) -> Result<Vec<Listed>, StoreError> {
         let prefix = self.path(rel);
-        let found: Vec<_> =
-            self.inner.list(Some(&prefix)).try_collect().await.map_err(|e| self.error(&format!("{rel}/"), e))?;
+        let found: Vec<_> = self
+            .retrying("to list", || async {
+                self.inner.list(Some(&prefix)).try_collect().await.map_err(|e| self.error(&format!("{rel}/"), e))
+            })
+            .await?;
         let mut listed: Vec<_> = found
             .into_iter()
             .filter_map(|meta| {
@@ -377,7 +457,9 @@ impl Store {
     /// # Errors
     /// The storage cannot be used.
     pub async fn size(&self, rel: &str) -> Result<Option<u64>, StoreError> {
-        match self.inner.head(&self.path(rel)).await.map_err(|e| self.error(rel, e)) {
+        let path = self.path(rel);
+        let head = || async { self.inner.head(&path).await.map_err(|e| self.error(rel, e)) };
+        match self.retrying("to look", head).await {
             Ok(meta) => Ok(Some(meta.size)),
             Err(StoreError::NotFound { .. }) => Ok(None),
             Err(e) => Err(e),
@@ -397,7 +479,9 @@ impl Store {
     /// # Errors
     /// The storage forbids it or cannot be used.
     pub async fn delete(&self, rel: &str) -> Result<(), StoreError> {
-        match self.inner.delete(&self.path(rel)).await.map_err(|e| self.error(rel, e)) {
+        let path = self.path(rel);
+        let delete = || async { self.inner.delete(&path).await.map_err(|e| self.error(rel, e)) };
+        match self.retrying("to delete", delete).await {
             Ok(()) | Err(StoreError::NotFound { .. }) => Ok(()),
             Err(e) => Err(e),
         }
@@ -414,6 +498,17 @@ impl Store {
 
     fn error(&self, rel: &str, source: object_store::Error) -> StoreError {
         StoreError::classify(self.object(rel), source)
+    }
+
+    /// What a write failed of. That an upload in parts is not known says nothing about the object: the answer to its end may have been
+    /// lost, and the next try found it gone.
+    fn unwritten(&self, rel: &str, source: object_store::Error) -> StoreError {
+        match self.error(rel, source) {
+            StoreError::NotFound { object } => {
+                StoreError::Other { object, detail: "the storage lost the upload before its end".to_owned() }
+            }
+            error => error,
+        }
     }
 }
 

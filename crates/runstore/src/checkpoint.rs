@@ -1,8 +1,6 @@
 //! Checkpoint parts: `checkpoints/<generation>-<step>/<part>`, each with length and crc32c in the commit that names it.
 //! A part without a commit counts for nothing.
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
@@ -15,8 +13,6 @@ pub use safetensors::Dtype;
 
 /// Largest part.
 pub const MAX_PART_BYTES: u64 = 256 << 30;
-/// Tries of an upload before its error is reported.
-const TRIES: u32 = 5;
 
 /// A tensor as bytes, little-endian, contiguous.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,7 +83,7 @@ impl PartWriter {
     /// Writes tensors as `<name>.safetensors`. `name` is the writer's own, such as `model` or `bank-3`.
     ///
     /// # Errors
-    /// The tensors are not what their shapes say; the storage, after retries.
+    /// The tensors are not what their shapes say; the storage.
     pub async fn put_tensors(&self, kind: PartKind, name: &str, tensors: &[Tensor]) -> Result<PartRef, RunStoreError> {
         let bytes = encode(tensors)?;
         self.put(kind, &format!("{name}.safetensors"), bytes).await
@@ -96,36 +92,34 @@ impl PartWriter {
     /// Writes bytes as they are, under the whole file name.
     ///
     /// # Errors
-    /// The storage, after retries.
+    /// The storage.
     pub async fn put(&self, kind: PartKind, file: &str, bytes: Bytes) -> Result<PartRef, RunStoreError> {
         let path = format!("{}/{file}", self.folder);
         let part = PartRef { kind, path, bytes: bytes.len() as u64, crc32c: crc32c::crc32c(&bytes) };
         if part.bytes > MAX_PART_BYTES {
             return Err(RunStoreError::Limit { what: part.path, found: part.bytes, limit: MAX_PART_BYTES });
         }
-        let mut pause = Duration::from_millis(200);
-        for attempt in 1.. {
-            match self.run.put(&part.path, bytes.clone()).await {
-                Ok(()) => break,
-                Err(e) if e.is_permanent() || attempt == TRIES => return Err(e.into()),
-                Err(e) => tracing::warn!(part = part.path, attempt, error = %e, "upload failed, trying again"),
-            }
-            tokio::time::sleep(pause).await;
-            pause *= 2;
-        }
+        self.run.put(&part.path, bytes).await?;
         Ok(part)
     }
 }
 
-/// Reads a part and compares it with what its commit says.
+/// Reads a part and compares it with what its commit says. One that differs is read again: a transfer may go wrong once, a damaged
+/// object stays wrong.
 ///
 /// # Errors
 /// Missing, of another length or checksum, or the storage.
 pub async fn read_part(run_store: &Store, part: &PartRef) -> Result<Bytes, RunStoreError> {
     check_path(run_store, part)?;
-    let bytes = run_store.get(&part.path, part.bytes).await?;
-    compare(run_store, part, bytes.len() as u64, crc32c::crc32c(&bytes))?;
-    Ok(bytes)
+    let read = async || {
+        let bytes = run_store.get(&part.path, part.bytes).await?;
+        compare(run_store, part, bytes.len() as u64, crc32c::crc32c(&bytes))?;
+        Ok(bytes)
+    };
+    match read().await {
+        Err(RunStoreError::Damaged { .. }) => read().await,
+        result => result,
+    }
 }
 
 /// [`read_part`] and its tensors, which share the part's memory.
@@ -137,20 +131,26 @@ pub async fn read_tensors(run_store: &Store, part: &PartRef) -> Result<Vec<Tenso
     decode(&bytes, &run_store.object(&part.path))
 }
 
-/// Compares a part with its commit without holding it in memory.
+/// Compares a part with its commit without holding it in memory, likewise twice before it is called damaged.
 ///
 /// # Errors
 /// As [`read_part`].
 pub async fn verify_part(run_store: &Store, part: &PartRef) -> Result<(), RunStoreError> {
     check_path(run_store, part)?;
-    let mut crc = 0;
-    let bytes = run_store
-        .get_streamed(&part.path, |chunk| {
-            crc = crc32c::crc32c_append(crc, &chunk);
-            Ok::<_, RunStoreError>(())
-        })
-        .await?;
-    compare(run_store, part, bytes, crc)
+    let verify = async || {
+        let mut crc = 0;
+        let bytes = run_store
+            .get_streamed(&part.path, |chunk| {
+                crc = crc32c::crc32c_append(crc, &chunk);
+                Ok::<_, RunStoreError>(())
+            })
+            .await?;
+        compare(run_store, part, bytes, crc)
+    };
+    match verify().await {
+        Err(RunStoreError::Damaged { .. }) => verify().await,
+        result => result,
+    }
 }
 
 fn check_path(run_store: &Store, part: &PartRef) -> Result<(), RunStoreError> {

@@ -377,10 +377,24 @@ impl Default for Objective {
     }
 }
 
+/// What bank rows are before their patch is first trained on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum BankStart {
+    /// Random unit rows, as published.
+    #[default]
+    Random,
+    /// Features of the model as it begins: one pass over all patches, without gradients, before the first step. Losses fall from the
+    /// first epoch on, where random rows take some epochs to be forgotten.
+    Features,
+}
+
 /// Feature memory: one row a patch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Bank {
+    /// What rows are before their patch is first trained on.
+    pub start: BankStart,
     /// Share of the old row that an update keeps.
     pub momentum: f64,
     /// Number format in memory.
@@ -392,7 +406,7 @@ pub struct Bank {
 
 impl Default for Bank {
     fn default() -> Self {
-        Self { momentum: 0.5, dtype: BankDtype::Fp32, replicas: 1 }
+        Self { start: BankStart::Random, momentum: 0.5, dtype: BankDtype::Fp32, replicas: 1 }
     }
 }
 

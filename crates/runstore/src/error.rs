@@ -39,6 +39,18 @@ pub enum RunStoreError {
         /// Write id of the winner.
         winner: String,
     },
+    /// Somebody else coordinates the run by now: this coordinator must stop.
+    #[error("{run}: {by} coordinates it now (lease {newest}, this one's was {epoch}); this coordinator stops")]
+    Superseded {
+        /// The run's URL.
+        run: String,
+        /// The stale lease.
+        epoch: u64,
+        /// The newest lease.
+        newest: u64,
+        /// Who holds that.
+        by: String,
+    },
     /// A commit that does not follow the one before it.
     #[error("{object}: does not follow commit {expected}: {reason}")]
     BrokenChain {
@@ -93,7 +105,7 @@ impl RunStoreError {
     pub fn is_damage(&self) -> bool {
         match self {
             Self::Store(e) => {
-                matches!(e, StoreError::NotFound { .. } | StoreError::TooLarge { .. } | StoreError::CutShort { .. })
+                matches!(e, StoreError::NotFound { .. } | StoreError::TooLarge { .. } | StoreError::TooShort { .. })
             }
             Self::Damaged { .. } | Self::FutureVersion { .. } | Self::BrokenChain { .. } | Self::Limit { .. } => true,
             _ => false,

@@ -9,14 +9,18 @@
 //! | `metrics/…jsonl`, `tensorboard/…` | [`metrics`] |
 //! | `exports/<seq>/…` | [`export`] |
 //! | `events/<seq>.json`, `eval/<name>.json` | [`status`] |
+//! | `leases/<epoch>.json` | [`lease`] |
+//! | `orders/<seq>.json` | [`orders`] |
 
 pub mod checkpoint;
 pub mod commit;
 pub mod config;
 mod error;
 pub mod export;
+pub mod lease;
 pub mod ledger;
 pub mod metrics;
+pub mod orders;
 mod record;
 pub mod spec;
 pub mod status;
@@ -26,8 +30,10 @@ pub use checkpoint::{Dtype, PartKind, PartRef, PartWriter, Tensor};
 pub use commit::{Commit, Commits, Intact, Progress, Segment};
 pub use config::{ConfigError, RunConfig};
 pub use error::RunStoreError;
+pub use lease::Lease;
 pub use ledger::Ledger;
 pub use metrics::{MetricsWriter, StepMetrics, read_metrics};
+pub use orders::{Order, Orders};
 pub use record::{FORMAT_VERSION, new_write_id};
 pub use spec::{RunName, Spec};
 pub use status::{EventKind, Events, Phase, RunStatus, list_runs};

@@ -33,6 +33,23 @@ pub enum Phase {
     Finished,
     /// Given up.
     Failed,
+    /// Ended for good by its user.
+    Cancelled,
+}
+
+impl Phase {
+    /// The word for it.
+    #[must_use]
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Running => "running",
+            Self::Suspended => "suspended",
+            Self::Finished => "finished",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
 }
 
 /// How a run stands.
@@ -115,15 +132,26 @@ impl RunStatus {
     }
 }
 
+impl Phase {
+    /// Of a run, from its events alone.
+    ///
+    /// # Errors
+    /// An event is damaged, or the storage.
+    pub async fn read(run_store: &Store) -> Result<Self, RunStoreError> {
+        Ok(phase(&Events::new(run_store).read().await?).0)
+    }
+}
+
 /// The phase after these events.
 fn phase(events: &[Event]) -> (Phase, Option<String>) {
-    let said = events.iter().rev().find(|e| !matches!(e.kind, EventKind::SetAside { .. }));
+    let said = events.iter().rev().find(|e| !e.kind.is_remark());
     match said.map(|e| &e.kind) {
-        None | Some(EventKind::SetAside { .. }) => (Phase::Pending, None),
+        None | Some(EventKind::SetAside { .. } | EventKind::Ordered { .. }) => (Phase::Pending, None),
         Some(EventKind::Started { .. }) => (Phase::Running, None),
         Some(EventKind::Regrouped { reason, .. }) => (Phase::Running, Some(reason.clone())),
         Some(EventKind::Suspended { reason }) => (Phase::Suspended, Some(reason.clone())),
         Some(EventKind::Failed { message }) => (Phase::Failed, Some(message.clone())),
+        Some(EventKind::Cancelled) => (Phase::Cancelled, None),
         Some(EventKind::Finished) => (Phase::Finished, None),
     }
 }

@@ -10,7 +10,7 @@ use sgcl_patchset::Store;
 use sgcl_runstore::checkpoint::{decode, encode, read_part, read_tensors};
 use sgcl_runstore::config::Checkpoint;
 use sgcl_runstore::{
-    Commit, Commits, Dtype, EventKind, Events, Ledger, PartKind, PartWriter, Phase, Progress, RunConfig, RunName,
+    Commit, Commits, Dtype, EventKind, Events, Lease, Ledger, Order, Orders, PartKind, PartWriter, Phase, Progress, RunConfig, RunName,
     RunStatus, RunStoreError, Spec, StepMetrics, Tensor,
 };
 
@@ -381,4 +381,47 @@ fn a_storage_that_does_not_answer_is_not_damage() {
     assert!(!RunStoreError::from(away).is_damage(), "an outage must not make a run fall back to an older commit");
     let gone = sgcl_patchset::StoreError::NotFound { object: "s3://b/x".into() };
     assert!(RunStoreError::from(gone).is_damage());
+}
+
+#[tokio::test]
+async fn whoever_takes_the_newest_lease_makes_all_others_stale() {
+    let run = run();
+    let first = Lease::take(&run.store, "process 1 on a", now()).await.unwrap();
+    first.check().await.unwrap();
+    let second = Lease::take(&run.store, "process 2 on b", now()).await.unwrap();
+    assert!(second.epoch() > first.epoch());
+    second.check().await.unwrap();
+    let stale = first.check().await.unwrap_err();
+    assert!(matches!(stale, RunStoreError::Superseded { .. }) && stale.to_string().contains("process 2 on b"), "{stale}");
+
+    // Many at once: each has a number of its own, one is the newest.
+    let takers = (0..8).map(|n| {
+        let store = run.store.clone();
+        tokio::spawn(async move { Lease::take(&store, &format!("racer {n}"), now()).await.unwrap() })
+    });
+    let mut leases = Vec::new();
+    for taker in takers.collect::<Vec<_>>() {
+        leases.push(taker.await.unwrap());
+    }
+    let epochs: std::collections::BTreeSet<u64> = leases.iter().map(Lease::epoch).collect();
+    assert_eq!(epochs.len(), 8);
+    let mut valid = 0;
+    for lease in &leases {
+        valid += u32::from(lease.check().await.is_ok());
+    }
+    assert_eq!(valid, 1);
+}
+
+#[tokio::test]
+async fn orders_come_in_the_order_they_were_given_and_old_ones_are_not_heard_again() {
+    let run = run();
+    let orders = Orders::new(&run.store);
+    assert_eq!(orders.newest().await.unwrap(), 0);
+    let drain = Order::Drain { node: "first-1-0".into() };
+    assert_eq!(orders.give(drain.clone(), now()).await.unwrap(), 1);
+    assert_eq!(orders.give(Order::Suspend, now()).await.unwrap(), 2);
+    assert_eq!(orders.after(0).await.unwrap(), [(1, drain), (2, Order::Suspend)]);
+    assert_eq!(orders.after(1).await.unwrap(), [(2, Order::Suspend)]);
+    assert_eq!(orders.after(orders.newest().await.unwrap()).await.unwrap(), []);
+    assert_eq!(Phase::read(&run.store).await.unwrap(), Phase::Pending, "an order alone changes nothing");
 }

@@ -30,7 +30,7 @@ mod pool;
 mod positives;
 mod sums;
 
-pub use batch::Negatives;
+pub use batch::{Negatives, Queries, gather};
 pub use hard::HardKey;
 pub use params::{HardBy, Params, ParamsError, Variant};
 pub use pool::{Candidates, Pool};
@@ -150,7 +150,8 @@ pub fn step(
     check(inputs, banks, p, ring)?;
     let cx = Context { banks, params: p, ring, pool: inputs.pool };
     let (batch, found, sums) = tch::no_grad(|| -> Result<_, StepError> {
-        let batch = Batch::gather(inputs, &cx)?;
+        let StepInputs { q, x, ql, ids, .. } = *inputs;
+        let batch = Batch::gather(&Queries { q, x, ql, ids }, banks, ring)?;
         let (positives, hard) = if p.inter {
             let positives = positives::find(&batch, inputs, &cx)?;
             let hard = hard::find(&batch, &positives, inputs, &cx)?;

@@ -66,12 +66,12 @@ fn costs(events: &[Event], updated: Timestamp) -> Costs {
                 costs.seconds += seconds;
                 costs.device_seconds += seconds * f64::from(*world_before);
             }
-            EventKind::Suspended { .. } | EventKind::Failed { .. } | EventKind::Finished => {
+            EventKind::Suspended { .. } | EventKind::Failed { .. } | EventKind::Cancelled | EventKind::Finished => {
                 if let Some(since) = since.take() {
                     costs.active += event.time.duration_since(since).as_secs_f64();
                 }
             }
-            EventKind::SetAside { .. } => {}
+            EventKind::SetAside { .. } | EventKind::Ordered { .. } => {}
         }
     }
     if let Some(since) = since {
@@ -88,7 +88,7 @@ fn text(status: &RunStatus, spec: &Spec, events: &[Event], costs: &Costs) -> Str
         let _ = writeln!(text, "{name:<10} {value}");
     };
     row("run", status.run.clone());
-    row("phase", format!("{:?}", status.phase).to_lowercase());
+    row("phase", status.phase.word().to_owned());
     row("data", spec.data.clone());
     row("nodes", format!("{} of {} ranks, at least {}", spec.nodes, spec.ranks_per_node, spec.min_nodes));
     row("progress", format!("{}, step {}", percent(status.progress), status.step));
@@ -129,10 +129,15 @@ fn line(kind: &EventKind) -> (&'static str, String, String) {
             (what, cost, reason.lines().next().unwrap_or_default().to_owned())
         }
         EventKind::SetAside { seq, reason } => ("set aside", format!("commit {seq}"), reason.clone()),
+        EventKind::Ordered { what, refused, .. } => {
+            let answer = refused.as_ref().map_or_else(String::new, |why| format!(" (refused: {why})"));
+            ("ordered", String::new(), format!("{what}{answer}"))
+        }
         EventKind::Suspended { reason } => ("suspended", String::new(), reason.clone()),
         EventKind::Failed { message } => {
             ("failed", String::new(), message.lines().next().unwrap_or_default().to_owned())
         }
+        EventKind::Cancelled => ("cancelled", String::new(), String::new()),
         EventKind::Finished => ("finished", String::new(), String::new()),
     }
 }

@@ -6,6 +6,7 @@ pub(crate) mod describe;
 pub(crate) mod eval;
 pub(crate) mod ingest;
 pub(crate) mod list;
+pub(crate) mod order;
 pub(crate) mod phantom;
 pub(crate) mod pull;
 pub(crate) mod report;
@@ -15,7 +16,7 @@ pub(crate) mod verify;
 
 use anyhow::Result;
 use sgcl_patchset::Store;
-use sgcl_runstore::{RunName, Spec, list_runs};
+use sgcl_runstore::{Order, RunName, Spec, list_runs};
 
 use crate::cli::{Cli, Command};
 use crate::error::Failure;
@@ -29,6 +30,10 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::Ingest(args) => ingest::main(args, out).await,
         Command::Phantom(args) => phantom::main(args, out).await,
         Command::Run(args) => run::main(args, out).await,
+        Command::Resume(args) => run::main(args.into(), out).await,
+        Command::Suspend(args) => order::main(args, Order::Suspend, out).await,
+        Command::Cancel(args) => order::main(args, Order::Cancel, out).await,
+        Command::Drain(args) => order::main(args.order, Order::Drain { node: args.node }, out).await,
         Command::Status(args) => status::main(args, out).await,
         Command::List(args) => list::main(args, out).await,
         Command::Submit(args) => cluster::submit(args, out).await,

@@ -1,20 +1,21 @@
 //! `run --local`: check, write the spec, coordinate in this process, show progress until the end.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use jiff::Timestamp;
 use serde_json::json;
 use sgcl_coordinator::{Change, Coordinator, Outcome, ProcessLauncher, RunView};
 use sgcl_patchset::{PatchSet, Store};
-use sgcl_runstore::{Commits, RunConfig, RunName, Spec};
+use sgcl_runstore::{Commits, Phase, RunConfig, RunName, RunStoreError, Spec};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::config::trained_patches;
-use crate::cli::RunArgs;
+use crate::cli::{ConfigSource, ResumeArgs, RunArgs};
 use crate::error::Failure;
 use crate::exit::Exit;
 use crate::output::{Out, count, warn};
@@ -22,15 +23,45 @@ use crate::progress::RunProgress;
 use crate::worker;
 use sgcl_runstore::config::BankDtype;
 
+/// Longest wait for storage that has answered before.
+const HICCUP: Duration = Duration::from_secs(60);
+
+impl From<ResumeArgs> for RunArgs {
+    fn from(args: ResumeArgs) -> Self {
+        Self {
+            local: true,
+            nodes: None,
+            ranks_per_node: None,
+            min_nodes: None,
+            data: None,
+            bucket: args.bucket,
+            name: Some(args.run),
+            config: ConfigSource { file: None, set: Vec::new() },
+            resume: true,
+            dry_run: false,
+        }
+    }
+}
+
 pub(crate) async fn main(args: RunArgs, out: Out) -> Result<Exit> {
     let name =
         RunName::new(args.name.clone().unwrap_or_else(|| Timestamp::now().strftime("run-%Y%m%d-%H%M%S").to_string()))?;
     let bucket = Store::open(&args.bucket.bucket)?;
     let run = name.store(&bucket);
     let stored = Spec::find(&run).await?;
+    // It has answered once: from here on, and when the run has ended, a hiccup is waited for.
+    let bucket = bucket.patient_for(HICCUP);
+    let run = name.store(&bucket);
     let spec = wanted(&args, &name, stored.as_ref(), out).await?;
     match &stored {
-        Some(stored) if args.resume => stored.check_resume(&spec, &run)?,
+        Some(stored) if args.resume => {
+            stored.check_resume(&spec, &run)?;
+            if Phase::read(&run).await? == Phase::Cancelled {
+                return Err(Failure::new(Exit::Data, format!("run {name} was cancelled"))
+                    .hint("its commits are kept; another --name starts a run anew")
+                    .into());
+            }
+        }
         Some(_) => {
             return Err(Failure::new(Exit::CannotCreate, format!("{bucket} has a run named {name} already"))
                 .hint("--resume goes on with it; another --name starts a run beside it")
@@ -52,9 +83,11 @@ pub(crate) async fn main(args: RunArgs, out: Out) -> Result<Exit> {
     if stored.is_none() {
         spec.create(&run).await?;
     }
-    let resume = format!("sgclctl run --local --bucket {} --name {name} --resume", quoted(bucket.url()));
-    let outcome = train(&spec, &run, &program, out).await.inspect_err(|_| {
-        warn(format!("what was committed is kept; go on with: {resume}"));
+    let resume = format!("sgclctl resume {name} --bucket {}", quoted(bucket.url()));
+    let outcome = train(&spec, &run, &program, out).await.inspect_err(|error| {
+        if !matches!(error.downcast_ref(), Some(RunStoreError::Superseded { .. })) {
+            warn(format!("what was committed is kept; go on with: {resume}"));
+        }
     })?;
     ended(&outcome, &spec, &bucket, &resume, out).await
 }
@@ -216,6 +249,13 @@ async fn ended(outcome: &Outcome, spec: &Spec, bucket: &Store, resume: &str, out
             }
             warn(format!("suspended: {reason}; {kept}\ngo on with: {resume}"));
             Ok(Exit::Suspended)
+        }
+        Outcome::Cancelled => {
+            if out.json_progress() {
+                json("cancelled", None)?;
+            }
+            warn(format!("cancelled; {kept}"));
+            Ok(Exit::Failed)
         }
         Outcome::Failed { message, code } => {
             if out.json_progress() {

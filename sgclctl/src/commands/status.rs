@@ -88,13 +88,7 @@ fn text(status: &RunStatus, now: Timestamp) -> String {
 
 /// The phase in words; a running run that went silent says so.
 pub(super) fn phase(status: &RunStatus, now: Timestamp) -> String {
-    let word = match status.phase {
-        Phase::Pending => "pending",
-        Phase::Running => "running",
-        Phase::Suspended => "suspended",
-        Phase::Finished => "finished",
-        Phase::Failed => "failed",
-    };
+    let word = status.phase.word();
     let quiet = now.duration_since(status.updated).as_secs_f64();
     if status.phase == Phase::Running && quiet > SILENT_S {
         format!("{word}, but silent for {}; if nobody trains it, --resume goes on", span(quiet))

@@ -3,7 +3,7 @@
 use askama::Template;
 use serde_json::Value;
 use sgcl_runstore::status::EventKind;
-use sgcl_runstore::{Phase, RunConfig};
+use sgcl_runstore::RunConfig;
 
 use super::charts::{Chart, Line, number};
 use super::data::Facts;
@@ -104,7 +104,7 @@ impl Page {
         let evals = eval_rows(&facts);
         Self {
             run: facts.spec.run.to_string(),
-            phase: phase(facts.status.phase),
+            phase: facts.status.phase.word(),
             reason: facts.status.reason.clone(),
             lead: lead(&facts),
             cards: cards(&facts),
@@ -138,16 +138,6 @@ impl Page {
             slides: facts.slides,
             missing: facts.missing,
         }
-    }
-}
-
-fn phase(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Pending => "pending",
-        Phase::Running => "running",
-        Phase::Suspended => "suspended",
-        Phase::Finished => "finished",
-        Phase::Failed => "failed",
     }
 }
 
@@ -373,8 +363,13 @@ fn event_rows(facts: &Facts) -> Vec<EventRow> {
                     format!("{reason}\n{world_before} to {world} ranks in {seconds:.1} s, {steps_lost} steps lost"),
                 ),
                 EventKind::SetAside { seq, reason } => ("set aside", format!("commit {seq}: {reason}")),
+                EventKind::Ordered { what, refused, .. } => (
+                    "ordered",
+                    refused.as_ref().map_or_else(|| what.to_string(), |why| format!("{what}, refused: {why}")),
+                ),
                 EventKind::Suspended { reason } => ("suspended", reason.clone()),
                 EventKind::Failed { message } => ("failed", message.clone()),
+                EventKind::Cancelled => ("cancelled", String::new()),
                 EventKind::Finished => ("finished", String::new()),
             };
             EventRow { time: event.time.strftime("%Y-%m-%d %H:%M:%S").to_string(), what, detail }

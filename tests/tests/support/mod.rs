@@ -137,7 +137,25 @@ pub async fn start_at<L: Launcher>(
     ranks: u32,
     config: RunConfig,
 ) -> Running {
-    let set = PatchSet::open(data).await.unwrap();
+    let data = Store::open(data).unwrap();
+    start_over(listener, launcher, bucket, &data, name, nodes, ranks, config).await
+}
+
+/// The same with the patch set in a store that this process's environment does not open.
+#[allow(clippy::too_many_arguments)]
+pub async fn start_over<L: Launcher>(
+    listener: TcpListener,
+    launcher: L,
+    bucket: &Store,
+    data: &Store,
+    name: &str,
+    nodes: u32,
+    ranks: u32,
+    config: RunConfig,
+) -> Running {
+    let set = PatchSet::load(data.patient()).await.unwrap();
+    let data = data.url();
+    let bucket = &bucket.patient();
     let run = RunName::new(name).unwrap();
     let store = run.store(bucket);
     let id = set.manifest().content_id.clone();

@@ -3,9 +3,10 @@
 //! A batch is a pure function of (seed, epoch, patch ids): which thread, rank or process prepares it changes nothing.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
-use crossbeam_channel::{Receiver, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use rayon::prelude::*;
 use sgcl::augment::{ViewBatch, ViewParams, render_batch};
 use sgcl::image::RgbImage;
@@ -13,6 +14,8 @@ use sgcl_patchset::{EpochPlan, ShardReader};
 
 /// Batches prepared ahead of the one being trained on.
 const AHEAD: usize = 2;
+/// Between two looks at what else there is to do than to wait for a batch.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// The augmented views of one lane's patches at one step.
 pub(crate) struct LaneBatch {
@@ -65,12 +68,20 @@ impl Loader {
         Ok(Self { batches })
     }
 
-    /// The next lane's batch.
+    /// The next lane's batch. While there is none, `waiting` is called again and again.
     ///
     /// # Errors
-    /// A patch that cannot be read or decoded, named with its shard.
-    pub(crate) fn next(&self) -> Result<LaneBatch> {
-        self.batches.recv().map_err(|_| anyhow!("the loader thread ended before the epoch did"))?
+    /// A patch that cannot be read or decoded, named with its shard; those of `waiting`.
+    pub(crate) fn next(&self, mut waiting: impl FnMut() -> Result<()>) -> Result<LaneBatch> {
+        loop {
+            match self.batches.recv_timeout(LOOK) {
+                Ok(batch) => return batch,
+                Err(RecvTimeoutError::Timeout) => waiting()?,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(anyhow!("the loader thread ended before the epoch did"));
+                }
+            }
+        }
     }
 }
 

@@ -6,12 +6,14 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use roaring::RoaringBitmap;
 use sgcl::bank::{BankRows, Held, ShardPlan, Widths, lost};
 use sgcl::collective::Solo;
 use sgcl_proto::v1;
+use sgcl_runstore::config::BankStart;
 use sgcl_runstore::{Commits, Ledger};
 use tch::{Device, Kind, Tensor};
 
@@ -66,6 +68,7 @@ impl Trainer {
         let world = self.place.world();
         ensure!(self.place.rank < world, "rank {} is not in a world of {world}", self.place.rank);
         self.spec.config.check_against(self.subset.len() as u64, world)?;
+        let began = Instant::now();
         // Hooks of the old one go before those of the new one come.
         self.learner.reducer = None;
         let group = setup::ring(session, &self.place, &self.address, self.learner.device, &self.spec.config)?;
@@ -74,9 +77,20 @@ impl Trainer {
             Some(group) => Box::new(Ring(Arc::clone(group))),
             None => Box::new(Solo),
         };
+        let ringed = began.elapsed();
         let from_commit = self.reunite(session)?;
+        let reunited = began.elapsed();
         self.learner.reducer = group.map(|group| setup::reducer(&self.learner.model, &group)).transpose()?;
         session.reunited(self.position.step, from_commit);
+        tracing::info!(
+            generation = self.place.generation,
+            world,
+            step = self.position.step,
+            ring = ringed.as_secs_f64(),
+            state = (reunited - ringed).as_secs_f64(),
+            reducer = (began.elapsed() - reunited).as_secs_f64(),
+            "joined"
+        );
         Ok(())
     }
 
@@ -95,7 +109,10 @@ impl Trainer {
         let holders = Held::holders(&self.sources(), self.layout, self.ring.as_ref())?;
         let missing = lost(&holders);
         if !missing.is_empty() {
-            tracing::warn!(shards = missing.len(), "no copy of some bank rows is left: going back to the newest commit");
+            tracing::warn!(
+                shards = missing.len(),
+                "no copy of some bank rows is left: going back to the newest commit"
+            );
             return self.begin(session);
         }
         let position = self.share_position(lead)?;
@@ -192,29 +209,45 @@ impl Trainer {
         }
         self.ring.broadcast(&mut seq, 0)?;
         let seq = u64::try_from(i64::try_from(seq)?).ok();
-        self.standing = false;
-        self.before_move = None;
-        self.labelled = None;
-        let nodes = self.place.nodes.clone();
-        let plan = ShardPlan::for_rows(self.layout.n, &nodes, self.spec.config.bank.replicas > 0);
-        self.learner.held = self.layout.random(self.spec.config.seed, plan, self.place.rank);
         if let Some(seq) = seq {
-            let commit = self.runtime.block_on(Commits::new(&self.run).read(seq))?;
-            self.runtime.block_on(self.learner.restore(&self.run, &commit, &self.subset))?;
-            self.position = self.runtime.block_on(Position::of(&self.run, &commit))?;
+            self.empty();
+            let mut wait = self.wait(session, &self.run, 0);
+            let commit = wait.block_on(&self.runtime, Commits::new(&self.run).read(seq))??;
+            let (run, runtime) = (self.run.clone(), self.runtime.clone());
+            wait.block_on(&runtime, self.learner.restore(&run, &commit, &self.subset))??;
+            self.position = wait.block_on(&runtime, Position::of(&run, &commit))??;
             // An epoch that ended has no more use for its clusters.
             self.labelled = (!self.position.is_over(&self.subset.unused())).then_some(self.position.epoch);
             self.committed = Some((commit.progress.step, seq, commit.progress.done));
             tracing::info!(commit = seq, step = self.position.step, "resumed");
         } else {
-            setup::first_weights(&self.learner.model, &self.spec.config)?;
-            self.learner.sgd.load_state([])?;
-            self.learner.last.clear();
-            self.label(false);
-            self.position = Position::default();
+            self.fresh()?;
+            if self.spec.config.bank.start == BankStart::Features {
+                self.fill(session)?;
+            }
         }
         self.standing = true;
         Ok(seq)
+    }
+
+    /// Lets go of all state and holds random bank rows under a plan for this world.
+    fn empty(&mut self) {
+        self.standing = false;
+        self.before_move = None;
+        self.labelled = None;
+        let plan = ShardPlan::for_rows(self.layout.n, &self.place.nodes, self.spec.config.bank.replicas > 0);
+        self.learner.held = self.layout.random(self.spec.config.seed, plan, self.place.rank);
+    }
+
+    /// The state that a run begins with.
+    pub(crate) fn fresh(&mut self) -> Result<()> {
+        self.empty();
+        setup::first_weights(&self.learner.model, &self.spec.config)?;
+        self.learner.sgd.load_state([])?;
+        self.learner.last.clear();
+        self.label(false);
+        self.position = Position::default();
+        Ok(())
     }
 
     fn share_position(&self, lead: usize) -> Result<Position> {

@@ -16,22 +16,26 @@ use sgcl::weights;
 use sgcl_c10d::{Buckets, Interface, ProcessGroup, Reducer, Store as Rendezvous};
 use sgcl_patchset::{CacheOptions, PatchSet, Store, Subset};
 use sgcl_proto::v1;
-use sgcl_runstore::metrics::MetricsWriter;
 use sgcl_runstore::{RunConfig, Spec, config};
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
 
+use super::metrics::Metrics;
 use super::step::{Draws, Learner};
 use super::train::{Place, Position, Trainer};
 use crate::session::Session;
 
 /// Longest wait for the rendezvous store: it answers at once, or its host is gone.
 const STORE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest collective. A peer may have to wait for the storage as long as that is away; one that hangs is noticed by its silence, and one
+/// that is gone by its connection. Nobody would regroup without the coordinator anyway.
+const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 
 /// A rank with everything but its place among others: data opened, model made, no state yet.
 pub(crate) fn prepare(runtime: &Handle, local_rank: u32, address: &str, welcome: &v1::Welcome) -> Result<Trainer> {
     let spec: Spec = serde_json::from_str(&welcome.spec_json).context("the coordinator's spec is not readable")?;
-    let run = Store::open(&welcome.run_url)?;
+    // Whoever started the run has seen both places work: what fails from now on passes, or is said to need somebody.
+    let run = Store::open(&welcome.run_url)?.patient();
     let (set, subset) = runtime.block_on(data(&spec))?;
     let device = device(&spec.config, local_rank)?;
     let (layout, learner) = learner(&spec, &set, &subset, device)?;
@@ -42,14 +46,14 @@ pub(crate) fn prepare(runtime: &Handle, local_rank: u32, address: &str, welcome:
         .thread_name(|n| format!("decode-{n}"))
         .build()
         .context("cannot start the decoding threads")?;
-    let cache = cache(&set, &spec)?;
+    let cache = cache(&set, &spec);
     // The reader of a remote set keeps the runtime it is made in.
     let reader = runtime.block_on(async { set.reader(cache) });
     Ok(Trainer {
         runtime: runtime.clone(),
         address: address.to_owned(),
         views: views(&spec.config),
-        metrics: MetricsWriter::new(&run, spec.run.as_str()),
+        metrics: Metrics::new(runtime, &run, spec.run.as_str()),
         place: Place::default(),
         spec,
         run,
@@ -72,7 +76,7 @@ pub(crate) fn prepare(runtime: &Handle, local_rank: u32, address: &str, welcome:
 
 /// The patch set, and the patches of it that are trained on.
 async fn data(spec: &Spec) -> Result<(PatchSet, Subset)> {
-    let set = PatchSet::open(&spec.data).await?;
+    let set = PatchSet::load(Store::open(&spec.data)?.patient()).await?;
     let manifest = set.manifest();
     ensure!(
         manifest.content_id == spec.data_id,
@@ -141,6 +145,7 @@ pub(crate) fn ring(
         Device::Cuda(_) => bail!("this sgcl-worker was built without NCCL; build it with --features nccl"),
         _ => ProcessGroup::gloo(&store, rank, world, timeout, &Interface::Address(address.to_owned()))?,
     };
+    group.set_timeout(COLLECTIVE_TIMEOUT)?;
     let group = Arc::new(group);
     session.hold(&group)?;
     Ok(Some(group))
@@ -255,15 +260,15 @@ fn views(config: &RunConfig) -> ViewParams {
     }
 }
 
-/// A set in a folder is read where it lies; one on S3 goes through the node's disk, shared by its ranks.
-fn cache(set: &PatchSet, spec: &Spec) -> Result<Option<CacheOptions>> {
+/// A set in a folder is read where it lies; one on S3 goes through the node's disk, shared by its ranks. A cache that cannot be used is
+/// done without by the reader, which says so.
+fn cache(set: &PatchSet, spec: &Spec) -> Option<CacheOptions> {
     if set.store().local_path("").is_some() || spec.config.loader.cache_bytes == 0 {
-        return Ok(None);
+        return None;
     }
     let folder = match std::env::var_os("SGCL_SHARD_CACHE") {
         Some(folder) => folder.into(),
         None => std::env::temp_dir().join("sgcl-shards"),
     };
-    std::fs::create_dir_all(&folder).with_context(|| format!("{}: cannot make the shard cache", folder.display()))?;
-    Ok(Some(CacheOptions { dir: folder, max_bytes: spec.config.loader.cache_bytes }))
+    Some(CacheOptions { dir: folder, max_bytes: spec.config.loader.cache_bytes })
 }

@@ -11,7 +11,7 @@ use sgcl::draws::{self, HardRanks};
 use sgcl::kmeans::joint_labels;
 use sgcl::model::{Model, Outputs};
 use sgcl::neighbours::Lattice;
-use sgcl::objective::{self, Candidates, HardKey, Negatives, Params, Pool, StepInputs, StepOutput};
+use sgcl::objective::{self, Candidates, HardKey, Negatives, Params, Pool, Queries, StepInputs, StepOutput};
 use sgcl::optim::Sgd;
 use sgcl_c10d::Reducer;
 use tch::{Device, Kind, Tensor};
@@ -70,8 +70,12 @@ pub(crate) struct StepPlan {
 impl StepPlan {
     /// Bank rows of the lanes that ranks work on at the same time: each rank's lane number `offset`.
     fn together(&self, offset: usize) -> Vec<Vec<i64>> {
-        self.rows.iter().skip(offset).step_by(self.lanes_per_rank).cloned().collect()
+        every(&self.rows, offset, self.lanes_per_rank)
     }
+}
+
+fn every(rows: &[Vec<i64>], offset: usize, lanes_per_rank: usize) -> Vec<Vec<i64>> {
+    rows.iter().skip(offset).step_by(lanes_per_rank).cloned().collect()
 }
 
 /// What a rank was asked for, or any rank: every rank sees it at the same step.
@@ -131,6 +135,28 @@ impl Learner {
             self.held.banks.apply(&update.rows, &update.features, self.params.bank_momentum)?;
         }
         Ok(())
+    }
+
+    /// Makes the features that the model as it is finds for these lanes their bank rows. `rows` are those of every lane of the step,
+    /// `batches` this rank's lanes in order.
+    pub(crate) fn fill(&mut self, ring: &dyn Collective, rows: &[Vec<i64>], batches: Vec<LaneBatch>) -> Result<()> {
+        let initial = self.model.backbone.bn_stats();
+        let lanes = batches.len();
+        for (offset, batch) in batches.into_iter().enumerate() {
+            let Outputs { q, x, ql } = tch::no_grad(|| self.forward(&batch))?;
+            // Seen in training mode, by the batch's own statistics; the running ones begin with the first step.
+            self.model.backbone.set_bn_stats(&initial);
+            let ids = every(rows, offset, lanes);
+            let ql = ql.unwrap_or_else(|| self.no_local(&q));
+            let features = objective::gather(&Queries { q: &q, x: &x, ql: &ql, ids: &ids }, &self.held.banks, ring)?;
+            self.held.banks.apply(&ids.concat(), &features, 1.0)?;
+        }
+        Ok(())
+    }
+
+    /// (4b, 0), where a method has no local views.
+    fn no_local(&self, q: &Tensor) -> Tensor {
+        Tensor::zeros([4 * q.size()[0], 0], (Kind::Float, self.device))
     }
 
     /// Takes the labels of this epoch.
@@ -193,7 +219,7 @@ impl Learner {
     /// Losses of this rank's lane, together with the lanes of the other ranks.
     fn objective(&self, ring: &dyn Collective, plan: &StepPlan, offset: usize, output: &Outputs) -> Result<StepOutput> {
         let ids = plan.together(offset);
-        let no_local = Tensor::zeros([4 * output.q.size()[0], 0], (Kind::Float, self.device));
+        let no_local = self.no_local(&output.q);
         let spatial = ids
             .iter()
             .flatten()

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use jiff::Timestamp;
@@ -16,20 +16,19 @@ use sgcl::kmeans::{self, KMeans};
 use sgcl::schedule;
 use sgcl_patchset::{EpochPlan, PatchSet, ShardReader, Store, Subset};
 use sgcl_proto::v1;
-use sgcl_runstore::metrics::{MetricsWriter, StepMetrics};
+use sgcl_runstore::metrics::StepMetrics;
 use sgcl_runstore::{Commit, Commits, Ledger, PartKind, PartRef, PartWriter, Segment, Spec, commit, export};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
 use super::checkpoint;
 use super::loader::{EpochLoad, LaneBatch, Loader};
+use super::metrics::Metrics;
 use super::reunite::{bitmap_bytes, bitmap_of};
 use super::step::{Asked, LOSSES, Learner, StepPlan, StepResult};
 use super::tensors::to_stored;
+use super::wait::{LOOK, Wait};
 use crate::session::Session;
-
-/// Steps between two writes of metrics.
-const FLUSH_STEPS: usize = 20;
 
 /// This rank's place in its generation.
 #[derive(Default)]
@@ -175,7 +174,7 @@ pub(crate) struct Trainer {
     pub(crate) ring: Box<dyn Collective>,
     pub(crate) layout: Layout,
     pub(crate) learner: Learner,
-    pub(crate) metrics: MetricsWriter,
+    pub(crate) metrics: Metrics,
     pub(crate) place: Place,
     pub(crate) position: Position,
     /// Whether this rank holds state that others could go on from.
@@ -327,10 +326,12 @@ impl Trainer {
                 total: self.position.step,
                 lr,
                 inter_weight,
-                rows: self.rows(&plan)?,
+                rows: self.rows(&plan, self.position.cursor)?,
                 lanes_per_rank: accumulate,
             };
-            let batches: Vec<LaneBatch> = (0..accumulate).map(|_| loader.next()).collect::<Result<_>>()?;
+            let mut wait = self.wait(session, self.set.store(), steps);
+            let batches: Vec<LaneBatch> =
+                (0..accumulate).map(|_| loader.next(|| wait.look())).collect::<Result<_>>()?;
             let planned = (mine..mine + accumulate).map(|lane| plan.batch_of(lane, self.position.cursor));
             ensure!(batches.iter().map(|b| &b.patches[..]).eq(planned), "the loader read other patches than planned");
             let wishes = session.wishes();
@@ -357,20 +358,20 @@ impl Trainer {
         Ok(Asked::default())
     }
 
-    /// Bank rows of every lane of the coming step.
-    fn rows(&self, plan: &EpochPlan) -> Result<Vec<Vec<i64>>> {
+    /// Bank rows of every lane of a step.
+    pub(crate) fn rows(&self, plan: &EpochPlan, step: usize) -> Result<Vec<Vec<i64>>> {
         (0..plan.lanes())
             .map(|lane| {
                 let row = |&id| {
                     self.subset.row_of(id).map(i64::from).context("the plan names a patch that is not trained on")
                 };
-                plan.batch_of(lane, self.position.cursor).iter().map(row).collect()
+                plan.batch_of(lane, step).iter().map(row).collect()
             })
             .collect()
     }
 
     /// Metrics to the bucket (rank 0) and a sign of life to the coordinator (every rank).
-    fn record(&mut self, session: &Session, result: &StepResult, lr: f64, pace: f64, steps: u64) -> Result<()> {
+    fn record(&self, session: &Session, result: &StepResult, lr: f64, pace: f64, steps: u64) -> Result<()> {
         let mut values: BTreeMap<String, f64> =
             LOSSES.iter().zip(result.losses).map(|(name, loss)| (format!("loss/{name}"), loss)).collect();
         let method = self.spec.config.method;
@@ -386,7 +387,7 @@ impl Trainer {
         }
         values.insert("samples_per_second".into(), pace);
         self.tell(session, "training", steps, values.clone(), pace);
-        self.metrics.push(StepMetrics {
+        let step = StepMetrics {
             step: self.position.step,
             generation: self.place.generation,
             epoch: self.position.epoch,
@@ -394,18 +395,21 @@ impl Trainer {
             epoch_steps: steps,
             time: Timestamp::now(),
             values,
-        });
-        if self.place.rank > 0 {
-            // Should the rank that writes be lost, what it had not written yet is still known here.
-            self.metrics.keep(2 * FLUSH_STEPS);
-        } else if self.metrics.pending() >= FLUSH_STEPS {
-            self.runtime.block_on(self.metrics.flush())?;
-        }
-        Ok(())
+        };
+        self.metrics.push(step, self.place.rank == 0, &mut self.wait(session, &self.run, steps))
     }
 
-    fn tell(&self, session: &Session, phase: &str, steps: u64, metrics: BTreeMap<String, f64>, pace: f64) {
-        session.progress(v1::Progress {
+    pub(crate) fn tell(&self, session: &Session, phase: &str, steps: u64, metrics: BTreeMap<String, f64>, pace: f64) {
+        session.progress(self.progress(phase, steps, metrics, pace));
+    }
+
+    /// What is done while `store` is waited for, at the present step of `steps`.
+    pub(crate) fn wait<'a>(&self, session: &'a Session, store: &Store, steps: u64) -> Wait<'a> {
+        Wait::new(session, store, self.progress("", steps, BTreeMap::new(), 0.0))
+    }
+
+    fn progress(&self, phase: &str, steps: u64, metrics: BTreeMap<String, f64>, pace: f64) -> v1::Progress {
+        v1::Progress {
             phase: phase.into(),
             epoch: self.position.epoch,
             epoch_step: self.position.epoch_step,
@@ -413,7 +417,7 @@ impl Trainer {
             step: self.position.step,
             metrics: metrics.into_iter().collect(),
             samples_per_second: pace,
-        });
+        }
     }
 
     /// Commits and waits for it.
@@ -436,10 +440,10 @@ impl Trainer {
         let parts = self.learner.snapshot(rank, &self.subset)?;
         let writer = PartWriter::new(&self.run, generation, step);
         let (reporter, position, world) = (session.reporter(), self.position.clone(), self.place.world());
-        if rank == 0 {
-            self.runtime.block_on(self.metrics.flush())?;
-        }
+        let metrics = self.metrics.flushed();
         let upload = self.runtime.spawn(async move {
+            // Nothing is committed whose metrics are not there.
+            metrics.await?;
             let parts = checkpoint::write(&writer, parts).await?;
             let progress_json = if rank == 0 {
                 serde_json::to_string(&progress(&writer, &position, generation, world, done).await?)?
@@ -456,10 +460,11 @@ impl Trainer {
 
     /// Waits for the checkpoint under way to be committed.
     fn uploaded(&mut self, session: &mut Session) -> Result<()> {
+        let mut wait = self.wait(session, &self.run, self.position.epoch_step);
         let Some(writing) = &mut self.writing else { return Ok(()) };
         while !writing.upload.is_finished() {
-            session.check()?;
-            std::thread::sleep(Duration::from_millis(2));
+            wait.look()?;
+            std::thread::sleep(LOOK);
         }
         let (step, done) = (writing.step, writing.done);
         self.runtime.block_on(&mut writing.upload).context("the upload broke off")??;
@@ -474,13 +479,14 @@ impl Trainer {
         self.tell(session, "export", self.position.epoch_step, BTreeMap::new(), 0.0);
         let tensors = self.learner.model.backbone.state();
         let tensors = tensors.into_iter().map(|(name, tensor)| to_stored(name, &tensor)).collect::<Result<Vec<_>>>()?;
-        self.runtime.block_on(async {
+        self.wait(session, &self.run, self.position.epoch_step).block_on(&self.runtime, async {
+            self.metrics.flushed().await?;
             let (_, seq, _) = self.committed.context("a run without a commit cannot be exported")?;
             let commit = Commits::new(&self.run).read(seq).await?;
             let folder = export::write_export(&self.run, &self.spec, &commit, &tensors, Timestamp::now()).await?;
             tracing::info!(folder, "exported");
             Ok(())
-        })
+        })?
     }
 }
 
@@ -495,8 +501,7 @@ async fn progress(
     let put = async |name: &str, used: &RoaringBitmap| {
         writer.put(PartKind::Ledger, name, Ledger::from(used.clone()).to_bytes()?).await
     };
-    let plan_base =
-        if position.base.is_empty() { None } else { Some(put("plan-base.roaring", &position.base).await?) };
+    let plan_base = if position.base.is_empty() { None } else { Some(put("plan-base.roaring", &position.base).await?) };
     Ok(commit::Progress {
         generation,
         lease_epoch: 0,

@@ -80,8 +80,18 @@ pub enum StoreError {
         /// What was allowed.
         limit: u64,
     },
-    /// Fewer bytes came than there should be.
-    #[error("{object}: expected {expected} bytes, found {found}; the object is truncated or the transfer broke off")]
+    /// The object ends before what is to be read of it does.
+    #[error("{object}: {bytes} bytes, {needed} are needed; it is truncated, copy it again")]
+    TooShort {
+        /// Full name of the object.
+        object: String,
+        /// Its size.
+        bytes: u64,
+        /// Where what was asked for ends.
+        needed: u64,
+    },
+    /// Fewer bytes came than the object has.
+    #[error("{object}: expected {expected} bytes, {found} came; the transfer broke off")]
     CutShort {
         /// Full name of the object.
         object: String,
@@ -111,6 +121,23 @@ pub enum StoreError {
     Unsettled {
         /// Full name of the object.
         object: String,
+    },
+    /// The storage does not take the request as it is.
+    #[error("{object}: the storage refused ({detail}); check region, endpoint and what the storage supports")]
+    Refused {
+        /// Full name of the object.
+        object: String,
+        /// The storage's words.
+        detail: String,
+    },
+    /// The faults asked for cannot be read.
+    #[cfg(feature = "faults")]
+    #[error("{variable}: {source}")]
+    Faults {
+        /// The variable that asks for them.
+        variable: &'static str,
+        /// Why.
+        source: super::faults::PlanError,
     },
     /// Anything else.
     #[error("{object}: {detail}")]
@@ -153,6 +180,10 @@ impl StoreError {
         if text.contains("NoSuchBucket") {
             return Self::NoBucket { object };
         }
+        // S3 is never full; MinIO, Ceph and others are.
+        if ["XMinioStorageFull", "507 Insufficient Storage", "QuotaExceeded"].iter().any(|sign| text.contains(sign)) {
+            return Self::NoSpace { object };
+        }
         match error {
             object_store::Error::NotFound { .. } => Self::NotFound { object },
             object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
@@ -164,9 +195,23 @@ impl StoreError {
             {
                 Self::Unreachable { object, detail: last_cause(&text) }
             }
+            object_store::Error::NotImplemented { .. } | object_store::Error::NotSupported { .. } => {
+                Self::Refused { object, detail: text }
+            }
+            _ if is_refusal(&text) => Self::Refused { object, detail: said(&text) },
             _ => Self::Other { object, detail: text },
         }
     }
+}
+
+/// Whether an HTTP status says that the same request will never do. Some of 400 pass: what broke off, or came too late.
+fn is_refusal(text: &str) -> bool {
+    const PASS: [&str; 6] =
+        ["RequestTimeout", "IncompleteBody", "BadDigest", "ExpiredToken", "SlowDown", "OperationAborted"];
+    let status = text.split_once("non-2xx status code: ").and_then(|(_, rest)| rest.get(..3)?.parse::<u16>().ok());
+    let refused =
+        status.is_some_and(|status| matches!(status, 400..500) && ![408, 409, 412, 425, 429].contains(&status));
+    (refused && !PASS.iter().any(|code| text.contains(code))) || text.contains("redirect without LOCATION")
 }
 
 /// The chain of causes as one line, each once, and the kind of the I/O error in it.
@@ -257,6 +302,30 @@ mod tests {
             error.to_string(),
             "s3://bucket/a: Generic S3 error: GET https://sts.example/?… (status 500) failed"
         );
+    }
+
+    #[test]
+    fn what_passes_by_itself_is_told_from_what_somebody_has_to_mend() {
+        let status = |status: &str, code: &str| {
+            generic(&format!(
+                "Error performing PUT - Server returned non-2xx status code: {status}: <Error><Code>{code}</Code></Error>"
+            ))
+        };
+        for (status, error) in [
+            ("503", status("503 Service Unavailable", "SlowDown")),
+            ("400", status("400 Bad Request", "RequestTimeout")),
+            ("429", status("429 Too Many Requests", "TooManyRequests")),
+            ("none", generic("connection reset by peer")),
+        ] {
+            assert!(!error.is_permanent(), "{status}: {error}");
+        }
+        for error in [
+            status("400 Bad Request", "InvalidRequest"),
+            status("507 Insufficient Storage", "XMinioStorageFull"),
+            generic("Received redirect without LOCATION, this normally indicates an incorrectly configured region"),
+        ] {
+            assert!(error.is_permanent(), "{error}");
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use sgcl_patchset::Store;
 
 use crate::RunStoreError;
+use crate::orders::Order;
 use crate::record::{self, FORMAT_VERSION, new_write_id};
 
 const FOLDER: &str = "events";
@@ -44,6 +45,15 @@ pub enum EventKind {
         /// What is wrong with it.
         reason: String,
     },
+    /// A user's order reached the coordinator.
+    Ordered {
+        /// Number of the order.
+        seq: u64,
+        /// What was wanted.
+        what: Order,
+        /// Why it cannot be, where it cannot.
+        refused: Option<String>,
+    },
     /// Stopped; can be resumed.
     Suspended {
         /// Why.
@@ -54,6 +64,8 @@ pub enum EventKind {
         /// Why, and what to do.
         message: String,
     },
+    /// Ended for good by its user.
+    Cancelled,
     /// All epochs are trained.
     Finished,
 }
@@ -63,6 +75,11 @@ impl EventKind {
     #[must_use]
     pub fn is_restart(&self) -> bool {
         matches!(self, Self::Regrouped { failure: true, .. })
+    }
+
+    /// Whether this leaves the run's phase as it was.
+    pub(super) fn is_remark(&self) -> bool {
+        matches!(self, Self::SetAside { .. } | Self::Ordered { .. })
     }
 }
 

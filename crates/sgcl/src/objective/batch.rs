@@ -1,7 +1,8 @@
 //! The queries of all ranks, padded to the longest rank so that every collective has equal parts.
 
-use super::{Context, StepError, StepInputs};
-use crate::bank::{Bank, BankRows, Widths};
+use super::{Context, StepError};
+use crate::bank::{Bank, BankRows, Banks, Widths};
+use crate::collective::Collective;
 use tch::{Kind, Tensor};
 
 /// Random negatives of a step, bank rows; the same on every rank.
@@ -12,6 +13,27 @@ pub enum Negatives {
     PerAnchor(Vec<i64>),
     /// (K) for all queries of the step; local queries take the first K/4.
     Shared(Vec<i64>),
+}
+
+/// What this rank has of a batch; shapes as in [`super::StepInputs`].
+#[derive(Clone, Copy, Debug)]
+pub struct Queries<'a> {
+    /// (b, D) unit rows of this rank's global views.
+    pub q: &'a Tensor,
+    /// (b, Db) unit rows of the backbone.
+    pub x: &'a Tensor,
+    /// (4b, D) unit rows of the local views, corner-major; (4b, 0) where a method has none.
+    pub ql: &'a Tensor,
+    /// Bank rows of every rank's anchors, by rank.
+    pub ids: &'a [Vec<i64>],
+}
+
+/// Features of all ranks' anchors, in the order of `ids`. Every rank calls it together.
+///
+/// # Errors
+/// [`StepError::Ring`].
+pub fn gather(queries: &Queries<'_>, banks: &Banks, ring: &dyn Collective) -> Result<BankRows, StepError> {
+    tch::no_grad(|| Ok(Batch::gather(queries, banks, ring)?.features()))
 }
 
 /// Anchors of all ranks: B = world × longest, some of them padding.
@@ -32,24 +54,24 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    pub(super) fn gather(inputs: &StepInputs<'_>, cx: &Context<'_>) -> Result<Self, StepError> {
-        let Widths { dim: d, backbone: db, local } = cx.banks.widths();
-        let longest = inputs.ids.iter().map(Vec::len).max().unwrap_or(0) as i64;
-        let mine = inputs.q.size()[0];
-        let corners = inputs.ql.view([4, mine, local]).transpose(0, 1).reshape([mine, 4 * local]);
+    pub(super) fn gather(queries: &Queries<'_>, banks: &Banks, ring: &dyn Collective) -> Result<Self, StepError> {
+        let Widths { dim: d, backbone: db, local } = banks.widths();
+        let longest = queries.ids.iter().map(Vec::len).max().unwrap_or(0) as i64;
+        let mine = queries.q.size()[0];
+        let corners = queries.ql.view([4, mine, local]).transpose(0, 1).reshape([mine, 4 * local]);
         // A bank of width 0 takes nothing.
-        let x = inputs.x.narrow(1, 0, db);
-        let packed = Tensor::cat(&[inputs.q, &x, &corners], 1).to_kind(Kind::Float);
-        let packed = cx.ring.all_gather(&packed.constant_pad_nd([0, 0, 0, longest - mine]))?;
+        let x = queries.x.narrow(1, 0, db);
+        let packed = Tensor::cat(&[queries.q, &x, &corners], 1).to_kind(Kind::Float);
+        let packed = ring.all_gather(&packed.constant_pad_nd([0, 0, 0, longest - mine]))?;
         let column = |from, width| packed.narrow(1, from, width).contiguous();
         let mut ids = Vec::new();
-        for rank in inputs.ids {
+        for rank in queries.ids {
             ids.extend_from_slice(rank);
             ids.resize(ids.len() + longest as usize - rank.len(), -1);
         }
         let real = (0_i64..).zip(&ids).filter(|(_, id)| **id >= 0).map(|(place, _)| place).collect();
         Ok(Self {
-            ids: Tensor::from_slice(&ids).to_device(cx.banks.device()),
+            ids: Tensor::from_slice(&ids).to_device(banks.device()),
             q: column(0, d),
             x: column(d, db),
             ql: [0, 1, 2, 3].map(|corner| column(d + db + corner * local, local)),

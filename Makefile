@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 # Read back from what scripts/setup wrote for cargo; a value of the caller's own wins.
 python = $${SGCL_PYTHON:-$$(sed -n 's/^SGCL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)}
 
-.PHONY: help setup setup-tests build demo test test-simulation test-goldens lint nccl bench-objective bench-kmeans bench-preemption doc clean
+.PHONY: help setup setup-tests build demo test test-simulation test-goldens test-cluster images lint nccl bench-objective bench-kmeans bench-preemption doc clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,13 +35,18 @@ test: setup-tests ## every test; on nextest where it is installed
 	  echo "test: cargo-nextest is not installed, so plain cargo test runs"; \
 	  cargo test --release --locked --workspace; \
 	fi
-	cargo test --release --locked -p sgcl-patchset --features faults --test environment
 
 test-simulation: ## the coordinator's decisions in a simulated world; SGCL_SEED is the first seed, SGCL_SEEDS how many
 	cargo test --release --locked -p sgcl-coordinator --test simulation -- --nocapture
 
 test-goldens: setup-tests ## the method against every case in the folder SGCL_GOLDENS names, listing what it read
 	cargo test --release --locked -p sgcl --test goldens -- --nocapture
+
+images: build ## the images of deploy/Dockerfile, with docker, podman or buildah (ARGS names targets: coordinator worker-cpu worker sgclctl)
+	scripts/images $(ARGS)
+
+test-cluster: build ## installs on a real cluster of three nodes on this machine, trains there, and breaks things (root, Linux)
+	SGCL_PYTHON="$(python)" tests/cluster/run $(ARGS)
 
 lint: setup ## format, clippy, and the supply chain where cargo-deny is installed
 	cargo fmt --all --check

@@ -2,14 +2,17 @@
 //!
 //! [`machine`] decides and does nothing else; [`server`] does what it decided.
 
+pub mod kube;
 pub mod launcher;
 pub mod machine;
 mod orders;
 mod recorder;
 pub mod server;
+pub mod switchboard;
 pub mod view;
 
 pub use launcher::{Launcher, ProcessLauncher};
 pub use machine::{Change, Outcome};
-pub use server::Coordinator;
+pub use server::{Coordinator, listen};
+pub use switchboard::Switchboard;
 pub use view::RunView;

@@ -1,7 +1,7 @@
 //! The machine at work: gRPC streams in, effects out, one task that owns all state.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -27,6 +27,7 @@ use crate::launcher::{Ended, Launcher};
 use crate::machine::{Change, Effect, Event, Machine, Outcome, Place, Settings};
 use crate::orders::{self, Notice};
 use crate::recorder::Recorder;
+use crate::switchboard::Switchboard;
 use crate::view::RunView;
 
 /// How often time alone is looked at.
@@ -55,13 +56,13 @@ pub struct Coordinator<L> {
 }
 
 /// A stream's way back, and its number: a node whose line broke comes with a new one, maybe before the old one's end is noticed.
-struct Line<T> {
+pub(crate) struct Line<T> {
     number: u64,
     orders: mpsc::UnboundedSender<Result<T, Status>>,
 }
 
 /// What the streams tell the one task that owns the state.
-enum Input {
+pub(crate) enum Input {
     Event(Event),
     Node(String, Line<NodeOrder>),
     /// The end of a node's stream, which may be an old one.
@@ -88,35 +89,35 @@ impl<L: Launcher> Coordinator<L> {
     /// # Errors
     /// The bucket cannot be read or written, a node cannot be started, or another coordinator has taken the run over
     /// ([`RunStoreError::Superseded`]).
-    pub async fn serve(mut self, listener: TcpListener) -> Result<Outcome> {
-        // Nothing that passes by itself ends a run.
-        self.run = self.run.patient();
+    pub async fn serve(self, listener: TcpListener) -> Result<Outcome> {
         let address = listener.local_addr().context("the coordinator's listener has no address")?;
-        let (inputs, received) = mpsc::channel(1024);
-        let service = Streams { inputs: inputs.clone(), run: self.spec.run.to_string(), lines: AtomicU64::new(0) };
-        let service = CoordinatorServer::new(service)
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        let board = Switchboard::only(self.spec.run.as_str());
         let ended = CancellationToken::new();
-        let over = ended.clone();
+        let over = ended.clone().cancelled_owned();
         // Ends with this coordinator, however that ends.
-        let _server = AbortOnDropHandle::new(tokio::spawn(
-            tonic::transport::Server::builder()
-                .http2_keepalive_interval(Some(HEARTBEAT))
-                .http2_keepalive_timeout(Some(HEARTBEAT))
-                .add_service(service)
-                .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move { over.cancelled().await }),
-        ));
-        let outcome = self.own(address, inputs, received).await;
+        let _server = AbortOnDropHandle::new(tokio::spawn(listen(board.clone(), listener, over)));
+        let outcome = self.attend(&board, format!("http://{address}")).await;
         // Streams are still open where a node has not left yet: give them a moment, then close.
         tokio::time::sleep(Duration::from_millis(300)).await;
         ended.cancel();
         outcome
     }
 
+    /// The same behind a port that serves several runs; `url` is where nodes find it.
+    ///
+    /// # Errors
+    /// As [`Coordinator::serve`].
+    pub async fn attend(mut self, board: &Switchboard, url: String) -> Result<Outcome> {
+        // Nothing that passes by itself ends a run.
+        self.run = self.run.patient();
+        let (inputs, received) = mpsc::channel(1024);
+        let _plug = board.plug(self.spec.run.as_str(), inputs.clone());
+        self.own(url, inputs, received).await
+    }
+
     async fn own(
         self,
-        address: SocketAddr,
+        url: String,
         inputs: mpsc::Sender<Input>,
         mut received: mpsc::Receiver<Input>,
     ) -> Result<Outcome> {
@@ -163,7 +164,7 @@ impl<L: Launcher> Coordinator<L> {
             asking: Vec::new(),
             inputs,
             ended,
-            coordinator: format!("http://{address}"),
+            coordinator: url,
             owner: &self,
         };
         if let Some(outcome) = desk.carry_out(effects)? {
@@ -573,10 +574,29 @@ fn assemble(written: Vec<v1::PartsWritten>) -> Result<Progress> {
     Ok(progress)
 }
 
+/// Serves the streams of every run on the board, until told to end.
+///
+/// # Errors
+/// The listener breaks.
+pub async fn listen(
+    board: Switchboard,
+    listener: TcpListener,
+    end: impl Future<Output = ()> + Send,
+) -> Result<(), tonic::transport::Error> {
+    let service = CoordinatorServer::new(Streams { board, lines: AtomicU64::new(0) })
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    tonic::transport::Server::builder()
+        .http2_keepalive_interval(Some(HEARTBEAT))
+        .http2_keepalive_timeout(Some(HEARTBEAT))
+        .add_service(service)
+        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), end)
+        .await
+}
+
 /// The gRPC side: streams to inputs.
 struct Streams {
-    inputs: mpsc::Sender<Input>,
-    run: String,
+    board: Switchboard,
     /// Streams so far.
     lines: AtomicU64,
 }
@@ -588,13 +608,10 @@ impl Streams {
 }
 
 /// The first message of a stream must say who speaks, and of which run.
-fn hello<T>(first: Option<T>, run: &str, theirs: impl Fn(&T) -> Option<&str>) -> Result<T, Status> {
+fn hello<T>(first: Option<T>, run: impl Fn(&T) -> Option<&str>) -> Result<(T, String), Status> {
     let first = first.ok_or_else(|| Status::invalid_argument("the stream ended before its hello"))?;
-    match theirs(&first) {
-        Some(name) if name == run => Ok(first),
-        Some(name) => Err(Status::permission_denied(format!("this coordinator is run {run}'s, not {name}'s"))),
-        None => Err(Status::invalid_argument("the first message must be a hello")),
-    }
+    let run = run(&first).ok_or_else(|| Status::invalid_argument("the first message must be a hello"))?.to_owned();
+    Ok((first, run))
 }
 
 #[tonic::async_trait]
@@ -604,15 +621,15 @@ impl Service for Streams {
 
     async fn join(&self, request: Request<Streaming<NodeEvent>>) -> Result<Response<Self::JoinStream>, Status> {
         let mut events = request.into_inner();
-        let first = hello(events.message().await?, &self.run, |first| match &first.event {
+        let (first, run) = hello(events.message().await?, |first| match &first.event {
             Some(node_event::Event::Hello(hello)) => Some(&hello.run),
             _ => None,
         })?;
         let Some(node_event::Event::Hello(v1::NodeHello { node, address, slot, ranks, .. })) = first.event else {
             return Err(Status::invalid_argument("the first message must be a hello"));
         };
+        let inputs = self.board.find(&run)?;
         let (orders, out) = mpsc::unbounded_channel();
-        let inputs = self.inputs.clone();
         let number = self.lines.fetch_add(1, Ordering::Relaxed);
         let line = Line { number, orders };
         tokio::spawn(async move {
@@ -642,7 +659,7 @@ impl Service for Streams {
 
     async fn rank(&self, request: Request<Streaming<RankEvent>>) -> Result<Response<Self::RankStream>, Status> {
         let mut events = request.into_inner();
-        let first = hello(events.message().await?, &self.run, |first| match &first.event {
+        let (first, run) = hello(events.message().await?, |first| match &first.event {
             Some(rank_event::Event::Hello(hello)) => Some(&hello.run),
             _ => None,
         })?;
@@ -650,8 +667,8 @@ impl Service for Streams {
         else {
             return Err(Status::invalid_argument("the first message must be a hello"));
         };
+        let inputs = self.board.find(&run)?;
         let (orders, out) = mpsc::unbounded_channel();
-        let inputs = self.inputs.clone();
         tokio::spawn(async move {
             let place = (node, local_rank);
             if !Self::send(&inputs, Input::Rank(place.clone(), orders)).await {

@@ -1,5 +1,7 @@
 //! The command line as typed. Each command's file turns its arguments into what it needs.
 
+pub(crate) mod cluster;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -33,6 +35,8 @@ pub(crate) enum Command {
     Phantom(PhantomArgs),
     /// Train a backbone on a patch set
     Run(RunArgs),
+    /// Train on a cluster: makes an SgclRun
+    Submit(cluster::SubmitArgs),
     /// Go on with a run that was suspended or broke off: `run --local --resume`
     Resume(ResumeArgs),
     /// Let a run that is under way finish its step, commit and end; `resume` goes on with it
@@ -43,10 +47,16 @@ pub(crate) enum Command {
     Cancel(OrderArgs),
     /// Send one node of a run home: it hands over what it holds, and another takes its place
     Drain(DrainArgs),
-    /// How a run stands, from the bucket alone
+    /// How a run stands: on the cluster, or with --bucket from the bucket alone
     Status(StatusArgs),
-    /// The runs in a bucket
+    /// The runs on the cluster, or with --bucket in a bucket
     List(ListArgs),
+    /// What a run's nodes say, on the cluster
+    Logs(cluster::LogsArgs),
+    /// Give a run on the cluster another number of nodes
+    Scale(cluster::ScaleArgs),
+    /// Delete a run from the cluster; the bucket keeps what it has
+    Delete(cluster::DeleteArgs),
     /// A run's life: every membership change with its cause and cost
     Describe(DescribeArgs),
     /// Prove from the bucket alone that a run lost nothing and repeated nothing
@@ -240,6 +250,7 @@ pub(crate) struct ConfigSource {
 
 const STATUS_EXAMPLES: &str = "\
 Examples:
+  sgclctl status first
   sgclctl status first --bucket runs
   sgclctl status s3://lab/runs/runs/first
   sgclctl status first --bucket runs --output json";
@@ -250,15 +261,20 @@ pub(crate) struct StatusArgs {
     /// Name of the run (with --bucket), or its own URL: <bucket>/runs/<name>
     #[arg(value_name = "RUN|URL")]
     pub(crate) run: String,
-    /// Folder or S3 URL that holds the runs
+    /// Folder or S3 URL that holds the runs [default: the cluster is asked]
     #[arg(long, env = "SGCL_BUCKET", value_name = "URL")]
     pub(crate) bucket: Option<String>,
+    #[command(flatten)]
+    pub(crate) cluster: cluster::ClusterArgs,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct ListArgs {
+    /// Folder or S3 URL that holds the runs [default: the cluster is asked]
+    #[arg(long, env = "SGCL_BUCKET", value_name = "URL")]
+    pub(crate) bucket: Option<String>,
     #[command(flatten)]
-    pub(crate) bucket: Bucket,
+    pub(crate) cluster: cluster::ClusterArgs,
 }
 
 const PULL_EXAMPLES: &str = "\

@@ -48,7 +48,7 @@ fn the_contract_imports_nothing_of_ours() {
 
 #[rstest]
 fn one_tls_stack_is_linked() {
-    for package in ["sgclctl", "sgcl-worker"] {
+    for package in ["sgclctl", "sgcl-worker", "sgcl-coordinator"] {
         let found = dependencies(package);
         for stack in ["openssl", "openssl-sys", "native-tls", "ring"] {
             assert!(!found.contains(stack), "{package} links {stack}");

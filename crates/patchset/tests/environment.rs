@@ -1,4 +1,4 @@
-//! Faults that the environment asks for: `cargo test -p sgcl-patchset --features faults`.
+//! Faults that the environment asks for, in programs built with the tests.
 #![cfg(feature = "faults")]
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 

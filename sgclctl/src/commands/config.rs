@@ -5,6 +5,8 @@ use serde_json::json;
 use sgcl_patchset::PatchSet;
 use sgcl_runstore::RunConfig;
 
+pub(crate) use sgcl_coordinator::kube::prepare::trained_patches;
+
 use crate::cli::{ConfigArgs, ConfigCommand};
 use crate::exit::Exit;
 use crate::output::{Out, count};
@@ -37,17 +39,6 @@ pub(crate) async fn main(args: ConfigArgs, out: Out) -> Result<Exit> {
         ConfigCommand::Schema => out.data(serde_json::to_string_pretty(&RunConfig::json_schema())?)?,
     }
     Ok(Exit::Done)
-}
-
-/// Patches that `config` trains on.
-///
-/// # Errors
-/// Its choice of slides does not fit the set.
-pub(crate) fn trained_patches(config: &RunConfig, set: &PatchSet) -> Result<usize> {
-    let slides = &set.manifest().slides;
-    let names: Vec<&str> = slides.iter().map(|slide| slide.name.as_str()).collect();
-    let split = config.data.split(&names)?;
-    Ok(split.train.iter().map(|&slide| slides[slide].patches as usize).sum())
 }
 
 /// The configuration as a file would have it.

@@ -12,7 +12,8 @@ use crate::output::{Out, percent, warn};
 use crate::table;
 
 pub(crate) async fn main(args: ListArgs, out: Out) -> Result<Exit> {
-    let bucket = Store::open(&args.bucket.bucket)?;
+    let Some(bucket) = &args.bucket else { return super::cluster::list(&args.cluster, out).await };
+    let bucket = Store::open(bucket)?;
     let now = Timestamp::now();
     let mut rows = Vec::new();
     let mut damaged = false;

@@ -1,5 +1,6 @@
 //! One file a command.
 
+pub(crate) mod cluster;
 pub(crate) mod config;
 pub(crate) mod describe;
 pub(crate) mod eval;
@@ -35,6 +36,10 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::Drain(args) => order::main(args.order, Order::Drain { node: args.node }, out).await,
         Command::Status(args) => status::main(args, out).await,
         Command::List(args) => list::main(args, out).await,
+        Command::Submit(args) => cluster::submit(args, out).await,
+        Command::Logs(args) => cluster::logs(args, out).await,
+        Command::Scale(args) => cluster::scale(args, out).await,
+        Command::Delete(args) => cluster::delete(args, out).await,
         Command::Describe(args) => describe::main(args, out).await,
         Command::Verify(args) => verify::main(args, out).await,
         Command::Pull(args) => pull::main(args, out).await,

@@ -2,13 +2,12 @@
 
 use std::fmt::Write as _;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use sgcl_patchset::Store;
 use sgcl_runstore::{Phase, RunName, RunStatus};
 
 use crate::cli::StatusArgs;
-use crate::error::Failure;
 use crate::exit::Exit;
 use crate::output::{Out, count, percent, span};
 
@@ -16,6 +15,10 @@ use crate::output::{Out, count, percent, span};
 const SILENT_S: f64 = 300.0;
 
 pub(crate) async fn main(args: StatusArgs, out: Out) -> Result<Exit> {
+    if args.bucket.is_none() && !args.run.contains('/') {
+        RunName::new(args.run.as_str())?;
+        return super::cluster::status(&args.cluster, &args.run, out).await;
+    }
     let run = find(&args).await?;
     let status = RunStatus::read(&run).await?;
     if out.json() {
@@ -30,12 +33,7 @@ async fn find(args: &StatusArgs) -> Result<Store> {
     if args.run.contains('/') {
         return Ok(Store::open(&args.run)?);
     }
-    let Some(bucket) = &args.bucket else {
-        RunName::new(args.run.as_str())?;
-        return Err(Failure::new(Exit::Usage, format!("where is run {}?", args.run))
-            .hint("add --bucket URL (or set SGCL_BUCKET), or give the run's own URL: <bucket>/runs/<name>")
-            .into());
-    };
+    let bucket = args.bucket.as_deref().context("no bucket")?;
     Ok(super::existing(bucket, &args.run).await?.0)
 }
 

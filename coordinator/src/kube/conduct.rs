@@ -1,0 +1,535 @@
+//! One run, from its object to its end: prepare, ask for nodes, coordinate, and obey what the object comes to say meanwhile.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::Pod;
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams};
+use kube::{Api, Client, Resource, ResourceExt};
+use serde_json::json;
+use sgcl_proto::WAITING_FOR_STORAGE;
+use sgcl_runstore::status;
+use sgcl_runstore::{Commits, Order, Orders};
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::defaults::Defaults;
+use super::gang::{Gangs, Standing};
+use super::launcher::KubeLauncher;
+use super::plan::Plan;
+use super::pods::{PodFacts, Pods};
+use super::prepare::{Prepared, Refusal, prepare};
+use super::report::{Facts, Reporter, regrouped, share, trains};
+use super::resource::{Phase, SgclRun};
+use super::{MANAGER, RUN_LABEL};
+use crate::launcher::{Ended, Launcher as _};
+use crate::machine::Outcome;
+use crate::server::Coordinator;
+use crate::switchboard::Switchboard;
+use crate::view::RunView;
+
+/// Holds an object until its workers have committed.
+pub const FINALIZER: &str = "sgcl.dev/commit";
+/// Once enough nodes run, the others are waited for so long.
+const TOGETHER: Duration = Duration::from_secs(20);
+/// A run that is to give way does so after so long: the scheduler may be at work.
+const GIVE_WAY: Duration = Duration::from_secs(15);
+/// A node that has lived so long before training began did not fail.
+const PATIENT: Duration = Duration::from_secs(300);
+/// A commit that was asked for is waited for so long.
+const COMMIT: Duration = Duration::from_secs(180);
+/// Pauses between two tries of what may pass.
+const PAUSES: [u64; 5] = [1, 2, 5, 10, 20];
+/// Time that nodes have to end once they were sent home, and then to be ended.
+const SENT_HOME: Duration = Duration::from_secs(15);
+/// Exit codes of what is the user's to mend.
+const HOPELESS: [i32; 5] = [64, 65, 69, 73, 78];
+/// Exit code of a node that was told to leave.
+const YIELDED: i32 = 75;
+
+/// What all runs of a leader share.
+pub struct Shared {
+    /// The API server.
+    pub client: Client,
+    /// Where runs and pods are.
+    pub namespace: String,
+    /// Where workers find this coordinator, whichever replica leads.
+    pub url: String,
+    /// Runs behind that port.
+    pub board: Switchboard,
+    /// Workers' pods.
+    pub pods: Pods,
+    /// Who holds nodes.
+    pub gangs: Gangs,
+    /// ConfigMap `sgcl-defaults`, as it is now.
+    pub defaults: watch::Receiver<Result<Defaults, String>>,
+    /// Name of this pod: who events are from.
+    pub me: String,
+    /// The leader's term: the transitions of its Lease.
+    pub lease_epoch: u64,
+}
+
+/// What comes next for a run.
+enum Next {
+    /// Look at the object again.
+    Look,
+    /// Nothing, until the object changes.
+    Rest,
+    /// Try again after a pause, or when the object or the defaults change.
+    Retry(String),
+    /// The object is gone.
+    Gone,
+}
+
+/// What the object has come to want.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Wish {
+    gone: bool,
+    cancel: bool,
+    suspend: bool,
+    nodes: u32,
+    min_nodes: u32,
+}
+
+impl Wish {
+    fn of(run: &SgclRun) -> Self {
+        let (spec, gone) = (&run.spec, run.metadata.deletion_timestamp.is_some());
+        let min_nodes = spec.min_nodes.unwrap_or(1);
+        Self { gone, cancel: spec.cancel, suspend: spec.suspend, nodes: spec.nodes, min_nodes }
+    }
+}
+
+/// Conducts a run until its object is gone. Its end ends nothing else; the controller begins it anew at the object's next change.
+pub async fn conduct(shared: Arc<Shared>, mut object: watch::Receiver<Arc<SgclRun>>) {
+    let run = object.borrow().clone();
+    let api: Api<SgclRun> = Api::namespaced(shared.client.clone(), &shared.namespace);
+    let events = Api::namespaced(shared.client.clone(), &shared.namespace);
+    let reporter = Reporter::new(api.clone(), events, shared.me.clone(), &run);
+    let mut defaults = shared.defaults.clone();
+    let mut conductor = Conductor { name: run.name_any(), api, reporter, shared };
+    let mut tries = 0;
+    loop {
+        let run = object.borrow_and_update().clone();
+        let next = match conductor.step(&run, &mut object).await {
+            Ok(next) => next,
+            Err(error) => Next::Retry(format!("{error:#}")),
+        };
+        let pause = match next {
+            Next::Look => {
+                tries = 0;
+                continue;
+            }
+            Next::Gone => return,
+            Next::Rest => None,
+            Next::Retry(message) => {
+                conductor.tell(&run, Phase::Waiting, Some(message)).await;
+                let pause = PAUSES[tries.min(PAUSES.len() - 1)];
+                tries += 1;
+                Some(Duration::from_secs(pause))
+            }
+        };
+        let changed = async {
+            tokio::select! {
+                changed = object.changed() => changed.is_ok(),
+                changed = defaults.changed(), if pause.is_some() => changed.is_ok(),
+            }
+        };
+        let alive = match pause {
+            Some(pause) => timeout(pause, changed).await.unwrap_or(true),
+            None => changed.await,
+        };
+        if !alive {
+            return;
+        }
+    }
+}
+
+/// Waits until every node has ended; those that do not are ended.
+async fn sent_home(launcher: &KubeLauncher, news: &mut mpsc::UnboundedReceiver<PodFacts>) {
+    launcher.end_idle();
+    for _ in 0..2 {
+        let until = Instant::now() + SENT_HOME;
+        while launcher.left() > 0 {
+            match timeout_at(until, news.recv()).await {
+                Ok(Some(pod)) => launcher.pod(&pod),
+                Ok(None) => return,
+                Err(_) => break,
+            }
+        }
+        launcher.kill_all();
+    }
+}
+
+fn held(run: &SgclRun) -> bool {
+    run.finalizers().iter().any(|name| name == FINALIZER)
+}
+
+struct Conductor {
+    shared: Arc<Shared>,
+    api: Api<SgclRun>,
+    name: String,
+    reporter: Reporter,
+}
+
+impl Conductor {
+    async fn step(&mut self, run: &SgclRun, object: &mut watch::Receiver<Arc<SgclRun>>) -> Result<Next> {
+        if Wish::of(run).gone {
+            self.clear().await?;
+            self.hold(run, &[]).await?;
+            return Ok(Next::Gone);
+        }
+        let last = self.reporter.last();
+        if last.phase.is_over() && last.observed_generation == run.metadata.generation.unwrap_or(0) {
+            self.let_go(run).await?;
+            return Ok(Next::Rest);
+        }
+        if run.spec.cancel || run.spec.suspend {
+            self.clear().await?;
+            let phase = if run.spec.cancel { Phase::Cancelled } else { Phase::Suspended };
+            self.tell(run, phase, None).await;
+            self.let_go(run).await?;
+            return Ok(Next::Rest);
+        }
+        let defaults = match self.shared.defaults.borrow().clone() {
+            Ok(defaults) => defaults,
+            Err(message) => return Ok(Next::Retry(message)),
+        };
+        let plan = match Plan::of(&self.name, &run.spec, &defaults) {
+            Ok(plan) => plan,
+            Err(error) => return Ok(self.fail(run, error.to_string()).await),
+        };
+        let uid = run.uid().context("the object has no uid")?;
+        match prepare(&plan, &uid).await {
+            Ok(prepared) => self.train(run, object, &plan, prepared).await,
+            Err(Refusal::Mend(message)) => Ok(self.fail(run, message).await),
+            Err(Refusal::Later(message)) => Ok(Next::Retry(message)),
+        }
+    }
+
+    async fn train(
+        &mut self,
+        run: &SgclRun,
+        object: &mut watch::Receiver<Arc<SgclRun>>,
+        plan: &Plan,
+        prepared: Prepared,
+    ) -> Result<Next> {
+        if let Some(ignored) = prepared.ignored.clone() {
+            self.reporter.event(true, "ChangeIgnored", ignored).await;
+        }
+        let before = status::Phase::read(&prepared.store).await?;
+        let mut facts = Facts {
+            epochs: Some(prepared.spec.config.epochs),
+            url: Some(prepared.store.url().to_owned()),
+            ..self.facts(run, Phase::Waiting, None)
+        };
+        let over = match before {
+            status::Phase::Finished => Some(Phase::Finished),
+            status::Phase::Cancelled => Some(Phase::Cancelled),
+            _ => None,
+        };
+        if let Some(phase) = over {
+            self.clear().await?;
+            self.reporter.tell(&Facts { phase, ..facts }).await;
+            return Ok(Next::Rest);
+        }
+        if !held(run) {
+            self.hold(run, &[FINALIZER]).await?;
+        }
+        let owner = run.controller_owner_ref(&()).context("the object has no uid")?;
+        let (jobs, pods): (Api<Job>, Api<Pod>) = (self.namespaced(), self.namespaced());
+        let ranks = plan.ranks_per_node;
+        let launcher = KubeLauncher::open(jobs, pods, &self.name, owner, plan.pods.clone(), ranks).await?;
+        launcher.trim(plan.nodes);
+        let mut news = self.shared.pods.of_run(&self.name);
+        let training = before == status::Phase::Running;
+        let wish = Wish::of(run);
+        let gathered = self.gather(wish, object, plan, &launcher, &mut news, &mut facts, training).await;
+        if let Some(next) = gathered.inspect_err(|_| self.shared.gangs.stand(&self.name, None))? {
+            self.shared.gangs.stand(&self.name, None);
+            return Ok(next);
+        }
+        self.shared.gangs.stand(&self.name, Some(Standing::Trains));
+        let outcome = self.coordinate(wish, object, &launcher, &mut news, &mut facts, prepared).await;
+        self.shared.gangs.stand(&self.name, None);
+        let now = object.borrow().clone();
+        match &outcome {
+            Ok(Outcome::Finished) => {
+                self.reporter.tell(&Facts { phase: Phase::Finished, message: None, ..facts }).await;
+            }
+            Ok(Outcome::Cancelled) => {
+                self.reporter.tell(&Facts { phase: Phase::Cancelled, message: None, ..facts }).await;
+            }
+            Ok(Outcome::Failed { message, .. }) => drop(self.fail(&now, message.clone()).await),
+            Ok(Outcome::Suspended { .. }) => {}
+            // Nobody was sent home: they train on, and the next try takes them over.
+            Err(_) => launcher.begin(),
+        }
+        if outcome.is_ok() {
+            sent_home(&launcher, &mut news).await;
+        }
+        match outcome {
+            Ok(Outcome::Finished | Outcome::Cancelled | Outcome::Failed { .. }) => Ok(Next::Rest),
+            Ok(Outcome::Suspended { .. }) if Wish::of(&now) != wish => Ok(Next::Look),
+            Ok(Outcome::Suspended { reason }) => Ok(Next::Retry(reason)),
+            // Another leader's commit, a bucket that is away: the next try finds out which.
+            Err(error) => Ok(Next::Retry(format!("{error:#}"))),
+        }
+    }
+
+    /// Asks for nodes and waits until enough of them run. A gang is kept together here, before anything is trained.
+    #[allow(clippy::too_many_arguments)]
+    async fn gather(
+        &mut self,
+        wish: Wish,
+        object: &mut watch::Receiver<Arc<SgclRun>>,
+        plan: &Plan,
+        launcher: &KubeLauncher,
+        news: &mut mpsc::UnboundedReceiver<PodFacts>,
+        facts: &mut Facts,
+        training: bool,
+    ) -> Result<Option<Next>> {
+        while let Ok(pod) = news.try_recv() {
+            launcher.pod(&pod);
+        }
+        if training && launcher.running() > 0 {
+            // Somebody trains: that must not wait for whoever is missing.
+            return Ok(None);
+        }
+        let (ended, mut ends) = mpsc::unbounded_channel();
+        // Attempt and time of each slot's launch, and those that are to come.
+        let (mut attempts, mut later) = (BTreeMap::new(), BTreeMap::<u32, Instant>::new());
+        for slot in 0..plan.nodes {
+            launcher.launch(slot, 0, &self.shared.url, ended.clone())?;
+            attempts.insert(slot, (0, Instant::now()));
+        }
+        let (mut enough, mut failures, mut yielding) = (None, 0, None);
+        let made = object.borrow().creation_timestamp().map_or(jiff::Timestamp::UNIX_EPOCH, |made| made.0);
+        let mut gangs = self.shared.gangs.changes();
+        loop {
+            for (slot, _) in later.extract_if(.., |_, due| *due <= Instant::now()) {
+                let attempt = attempts.get(&slot).map_or(0, |(attempt, _)| *attempt);
+                launcher.launch(slot, attempt, &self.shared.url, ended.clone())?;
+            }
+            let running = launcher.running();
+            let holds = Standing::Holds { priority: launcher.priority(), made };
+            self.shared.gangs.stand(&self.name, (running > 0).then_some(holds));
+            if running < plan.min_nodes && self.shared.gangs.gives_way(&self.name) {
+                if yielding.get_or_insert_with(Instant::now).elapsed() >= GIVE_WAY {
+                    launcher.kill_all();
+                    let message = format!(
+                        "{running} of at least {} nodes ran; gave them back so that another run can begin",
+                        plan.min_nodes
+                    );
+                    return Ok(Some(Next::Retry(message)));
+                }
+            } else {
+                yielding = None;
+            }
+            if running >= plan.min_nodes {
+                let since = *enough.get_or_insert(Instant::now());
+                if running >= plan.nodes || since.elapsed() >= TOGETHER {
+                    return Ok(None);
+                }
+            } else {
+                enough = None;
+            }
+            let missing = format!("{running} of at least {} nodes run", plan.min_nodes);
+            facts.message = Some(match launcher.waiting() {
+                Some((_, message)) => format!("{missing}: {message}"),
+                None => missing,
+            });
+            facts.started = running;
+            self.reporter.tell(facts).await;
+            let look = [enough.map(|since| since + TOGETHER), yielding.map(|since| since + GIVE_WAY)];
+            let look = look.into_iter().flatten().chain(later.values().copied()).min();
+            tokio::select! {
+                Some(pod) = news.recv() => launcher.pod(&pod),
+                Some(Ended { slot, attempt, code }) = ends.recv() => {
+                    let Some((current, since)) = attempts.get_mut(&slot).filter(|(current, _)| *current == attempt) else { continue };
+                    let words = launcher.said(slot).unwrap_or_else(|| format!("see `sgclctl logs {}`", self.name));
+                    let message = format!("a node ended with code {code} before training began: {words}");
+                    let now = object.borrow().clone();
+                    if HOPELESS.contains(&code) {
+                        return Ok(Some(self.fail(&now, message).await));
+                    }
+                    // A worker that has waited for long gives up: no failure.
+                    let failure = code != YIELDED && code != 0 && since.elapsed() < PATIENT;
+                    failures += u32::from(failure);
+                    if failures > plan.config.max_restarts {
+                        launcher.kill_all();
+                        let message = format!("{message}; {failures} did, maxRestarts allows {}", plan.config.max_restarts);
+                        return Ok(Some(self.fail(&now, message).await));
+                    }
+                    let pause = Duration::from_secs(PAUSES[(failures as usize).min(PAUSES.len() - 1)]);
+                    (*current, *since) = (*current + 1, Instant::now() + pause);
+                    later.insert(slot, *since);
+                }
+                changed = object.changed() => {
+                    changed.context("the controller is gone")?;
+                    if Wish::of(&object.borrow()) != wish {
+                        return Ok(Some(Next::Look));
+                    }
+                }
+                // The sender is ours.
+                _ = gangs.changed() => {}
+                () = sleep_until(look.unwrap_or_else(Instant::now)), if look.is_some() => {}
+            }
+        }
+    }
+
+    /// Lets the run's coordinator work until it has an outcome.
+    async fn coordinate(
+        &mut self,
+        wish: Wish,
+        object: &mut watch::Receiver<Arc<SgclRun>>,
+        launcher: &KubeLauncher,
+        news: &mut mpsc::UnboundedReceiver<PodFacts>,
+        facts: &mut Facts,
+        prepared: Prepared,
+    ) -> Result<Outcome> {
+        launcher.begin();
+        let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
+        let epochs = prepared.spec.config.epochs;
+        let first = RunView { last_commit: self.reporter.last().last_commit, ..RunView::default() };
+        let (sender, mut view) = watch::channel(first);
+        let coordinator = Coordinator {
+            spec: prepared.spec,
+            run: prepared.store.clone(),
+            launcher: launcher.clone(),
+            view: sender,
+            stop: stop.clone(),
+            kill: kill.clone(),
+        };
+        let (board, url) = (self.shared.board.clone(), self.shared.url.clone());
+        let mut serving = AbortOnDropHandle::new(tokio::spawn(async move { coordinator.attend(&board, url).await }));
+        let (mut watching, mut changes, mut began) = (true, 0, None);
+        let mut give_up = None;
+        let mut pending = false;
+        loop {
+            tokio::select! {
+                outcome = &mut serving => {
+                    let seen = view.borrow().clone();
+                    facts.view = Some(RunView {
+                        last_commit: Commits::new(&prepared.store).latest().await?.map(|commit| commit.seq),
+                        ..seen
+                    });
+                    return outcome.context("the coordinator of this run broke off")?;
+                }
+                changed = view.changed(), if watching => {
+                    // The sender goes when the coordinator ends, which the branch above tells.
+                    watching = changed.is_ok();
+                    pending = true;
+                }
+                () = sleep_until(self.reporter.due()), if pending => {}
+                Some(pod) = news.recv() => {
+                    launcher.pod(&pod);
+                    pending = true;
+                }
+                changed = object.changed() => {
+                    changed.context("the controller is gone")?;
+                    let now = Wish::of(&object.borrow());
+                    if now != wish && give_up.is_none() {
+                        tracing::info!(run = self.name, "asked to commit and stop");
+                        if now.cancel && !now.gone {
+                            Orders::new(&prepared.store).give(Order::Cancel, jiff::Timestamp::now()).await?;
+                        } else {
+                            stop.cancel();
+                        }
+                        give_up = Some(Instant::now() + COMMIT);
+                    }
+                }
+                () = sleep_until(give_up.unwrap_or_else(Instant::now)), if give_up.is_some() => {
+                    tracing::warn!(run = self.name, "no commit came in time");
+                    kill.cancel();
+                    give_up = None;
+                }
+            }
+            let seen = view.borrow_and_update().clone();
+            for change in seen.changes.iter().skip(changes) {
+                self.reporter.event(change.failure, "Regrouped", regrouped(change)).await;
+            }
+            changes = seen.changes.len();
+            if began.is_none() && seen.step > 0 && trains(&seen) {
+                began = Some((Instant::now(), share(&seen, epochs)));
+            }
+            facts.pace = began.map(|(since, from)| (since.elapsed(), from));
+            facts.phase = if seen.ranks > 0 { Phase::Running } else { Phase::Waiting };
+            facts.message = match launcher.waiting() {
+                Some((_, message)) => Some(message),
+                None if seen.phase == WAITING_FOR_STORAGE => {
+                    Some("the bucket does not answer; training waits for it".into())
+                }
+                None if seen.ranks == 0 => seen.message.clone().or_else(|| Some("nodes are joining".into())),
+                None => None,
+            };
+            facts.view = Some(seen);
+            if pending {
+                pending = !self.reporter.tell(facts).await;
+            }
+        }
+    }
+
+    fn facts(&self, run: &SgclRun, phase: Phase, message: Option<String>) -> Facts {
+        let (generation, nodes) = (run.metadata.generation.unwrap_or(0), run.spec.nodes);
+        Facts { generation, phase, message, nodes, lease_epoch: self.shared.lease_epoch, ..Facts::default() }
+    }
+
+    async fn tell(&mut self, run: &SgclRun, phase: Phase, message: Option<String>) {
+        let facts = self.facts(run, phase, message);
+        self.reporter.tell(&facts).await;
+    }
+
+    async fn fail(&mut self, run: &SgclRun, message: String) -> Next {
+        self.tell(run, Phase::Failed, Some(message)).await;
+        Next::Rest
+    }
+
+    /// Ends whatever nodes are left; what ended by itself keeps its logs for a while.
+    async fn clear(&self) -> Result<()> {
+        let jobs: Api<Job> = self.namespaced();
+        let of_run = ListParams::default().labels(&format!("{RUN_LABEL}={}", self.name));
+        for job in jobs.list(&of_run).await? {
+            if job.status.as_ref().is_some_and(|status| status.completion_time.is_some() || status.failed > Some(0)) {
+                continue;
+            }
+            match jobs.delete(&job.name_any(), &DeleteParams::background()).await {
+                Err(kube::Error::Api(status)) if status.code == 404 => {}
+                result => drop(result?),
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing is left to commit: the object may go at once.
+    async fn let_go(&self, run: &SgclRun) -> Result<()> {
+        if held(run) { self.hold(run, &[]).await } else { Ok(()) }
+    }
+
+    /// Sets our finalizers. With its uid, an object that is gone is not made anew.
+    async fn hold(&self, run: &SgclRun, finalizers: &[&str]) -> Result<()> {
+        let patch = json!({
+            "apiVersion": SgclRun::api_version(&()), "kind": SgclRun::kind(&()),
+            "metadata": { "name": self.name, "uid": run.metadata.uid, "finalizers": finalizers },
+        });
+        match self.api.patch_metadata(&self.name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&patch)).await {
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+            result => {
+                result?;
+                Ok(())
+            }
+        }
+    }
+
+    fn namespaced<K>(&self) -> Api<K>
+    where
+        K: Resource<Scope = k8s_openapi::NamespaceResourceScope>,
+        K::DynamicType: Default,
+    {
+        Api::namespaced(self.shared.client.clone(), &self.shared.namespace)
+    }
+}

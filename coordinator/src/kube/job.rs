@@ -1,0 +1,253 @@
+//! One Job a node slot and attempt: completions 1, no retry of its own, under the restricted pod standard.
+//!
+//! Not one Indexed Job for all: its back-off counts preempted pods too (kubernetes#130881), and the tenth replacement would wait minutes.
+
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use serde_json::{Value, json};
+
+use super::plan::PodNeeds;
+use super::{ATTEMPT_LABEL, MANAGER, RUN_LABEL, SLOT_LABEL};
+
+/// Time from a pod's SIGTERM to its end. The supervisor wants ten seconds.
+const GRACE_S: u32 = 20;
+/// An ended Job is kept so long, for its logs.
+const KEPT_S: u32 = 3600;
+
+/// A node to be started.
+#[derive(Clone, Debug)]
+pub struct NodeJob<'a> {
+    /// Name of the run.
+    pub run: &'a str,
+    /// The object that everything goes with.
+    pub owner: &'a OwnerReference,
+    /// What its pod needs.
+    pub needs: &'a PodNeeds,
+    /// Ranks, and GPUs.
+    pub ranks: u32,
+    /// Place of the run.
+    pub slot: u32,
+    /// Count of the Jobs of this slot before.
+    pub number: u32,
+    /// Where the node joins.
+    pub coordinator: &'a str,
+    /// Machines that must not be used.
+    pub never: &'a [String],
+    /// Machines that had better not be used.
+    pub rather_not: &'a [String],
+}
+
+/// Name of a slot's Job, which is the node's name too.
+#[must_use]
+pub fn name(run: &str, slot: u32, number: u32) -> String {
+    format!("{run}-{slot}-{number}")
+}
+
+impl NodeJob<'_> {
+    /// The object.
+    ///
+    /// # Errors
+    /// Something in the run's spec is not what Kubernetes takes.
+    pub fn build(&self) -> Result<Job, serde_json::Error> {
+        let name = name(self.run, self.slot, self.number);
+        let (spec, needs) = (&self.needs.spec, self.needs);
+        let labels = json!({
+            "app.kubernetes.io/name": "sgcl-worker",
+            "app.kubernetes.io/managed-by": MANAGER,
+            RUN_LABEL: self.run,
+            SLOT_LABEL: self.slot.to_string(),
+            ATTEMPT_LABEL: self.number.to_string(),
+        });
+        let mut job_labels = labels.clone();
+        if let Some(queue) = &needs.queue {
+            job_labels["kueue.x-k8s.io/queue-name"] = json!(queue);
+        }
+        let variable = |name: &str, value: &Option<String>| value.as_ref().map(|v| json!({ "name": name, "value": v }));
+        let env: Vec<Value> = [
+            Some(json!({ "name": "POD_IP", "valueFrom": { "fieldRef": { "fieldPath": "status.podIP" } } })),
+            Some(json!({ "name": "HOME", "value": "/tmp" })),
+            variable("AWS_ENDPOINT_URL", &needs.s3_endpoint),
+            variable("AWS_REGION", &needs.s3_region),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        let mut shm = json!({ "medium": "Memory" });
+        if let Some(memory) = &needs.resources.memory {
+            shm["sizeLimit"] = json!(memory);
+        }
+        let disk = needs.resources.disk.as_ref().map_or(json!({}), |size| json!({ "sizeLimit": size }));
+        let pod = json!({
+            "serviceAccountName": "sgcl-worker",
+            "automountServiceAccountToken": false,
+            "enableServiceLinks": false,
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": GRACE_S,
+            "priorityClassName": spec.priority,
+            "nodeSelector": spec.node_selector,
+            "tolerations": spec.tolerations,
+            "affinity": self.affinity(),
+            "securityContext": {
+                "runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532,
+                "seccompProfile": { "type": "RuntimeDefault" },
+            },
+            "containers": [{
+                "name": "worker",
+                "image": needs.image,
+                "imagePullPolicy": needs.pull_policy,
+                "args": [
+                    "node", "--coordinator", self.coordinator, "--run", self.run, "--node", name,
+                    "--slot", self.slot.to_string(), "--ranks", self.ranks.to_string(), "--address", "$(POD_IP)",
+                ],
+                "env": env,
+                // May be missing where the pods' account itself opens the bucket.
+                "envFrom": [{ "secretRef": { "name": needs.credentials_secret, "optional": true } }],
+                "resources": self.resources(),
+                "securityContext": {
+                    "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true,
+                    "capabilities": { "drop": ["ALL"] },
+                },
+                "terminationMessagePolicy": "FallbackToLogsOnError",
+                "volumeMounts": [{ "name": "tmp", "mountPath": "/tmp" }, { "name": "shm", "mountPath": "/dev/shm" }],
+            }],
+            "volumes": [{ "name": "tmp", "emptyDir": disk }, { "name": "shm", "emptyDir": shm }],
+        });
+        serde_json::from_value(json!({
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": { "name": name, "labels": job_labels, "ownerReferences": [self.owner] },
+            "spec": {
+                "completions": 1,
+                "parallelism": 1,
+                "backoffLimit": 0,
+                "ttlSecondsAfterFinished": KEPT_S,
+                "template": { "metadata": { "labels": labels }, "spec": pod },
+            },
+        }))
+    }
+
+    fn resources(&self) -> Value {
+        let mut requests = json!({});
+        let mut limits = json!({});
+        if let Some(cpu) = &self.needs.resources.cpu {
+            requests["cpu"] = json!(cpu);
+        }
+        if let Some(memory) = &self.needs.resources.memory {
+            requests["memory"] = json!(memory);
+            limits["memory"] = json!(memory);
+        }
+        if let Some(disk) = &self.needs.resources.disk {
+            requests["ephemeral-storage"] = json!(disk);
+        }
+        for all in [&mut requests, &mut limits] {
+            all[&self.needs.gpu_resource] = json!(self.ranks.to_string());
+        }
+        json!({ "requests": requests, "limits": limits })
+    }
+
+    /// The run's nodes on different machines where there are enough (a bank shard's copies are on two nodes), and near each other where
+    /// the run says what near is.
+    fn affinity(&self) -> Value {
+        let of_this_run = json!({ "matchLabels": { RUN_LABEL: self.run } });
+        let mut affinity = json!({ "podAntiAffinity": { "preferredDuringSchedulingIgnoredDuringExecution": [{
+            "weight": 100,
+            "podAffinityTerm": { "topologyKey": "kubernetes.io/hostname", "labelSelector": of_this_run },
+        }] } });
+        if let Some(key) = &self.needs.spec.topology_key {
+            affinity["podAffinity"] = json!({ "preferredDuringSchedulingIgnoredDuringExecution": [{
+                "weight": 50, "podAffinityTerm": { "topologyKey": key, "labelSelector": of_this_run },
+            }] });
+        }
+        // A field takes one value an expression.
+        let not_in = |machines: &[String]| -> Value {
+            let fields: Vec<Value> = machines
+                .iter()
+                .map(|machine| json!({ "key": "metadata.name", "operator": "NotIn", "values": [machine] }))
+                .collect();
+            json!({ "matchFields": fields })
+        };
+        if !self.never.is_empty() {
+            affinity["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] =
+                json!({ "nodeSelectorTerms": [not_in(self.never)] });
+        }
+        if !self.rather_not.is_empty() {
+            affinity["nodeAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"] =
+                json!([{ "weight": 100, "preference": not_in(self.rather_not) }]);
+        }
+        affinity
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::kube::defaults::Defaults;
+    use crate::kube::plan::Plan;
+    use crate::kube::resource::{Resources, SgclRunSpec};
+
+    fn built(spec: &SgclRunSpec, never: &[String]) -> Value {
+        let defaults = Defaults {
+            bucket: Some("s3://lab/runs".into()),
+            dataset: Some("s3://lab/patches".into()),
+            image: Some("sgcl-worker:1".into()),
+            s3_endpoint: Some("http://s3:7070".into()),
+            ..Defaults::default()
+        };
+        let plan = Plan::of("first", spec, &defaults).unwrap();
+        let owner = OwnerReference { name: "first".into(), uid: "u".into(), ..OwnerReference::default() };
+        let job = NodeJob {
+            run: "first",
+            owner: &owner,
+            needs: &plan.pods,
+            ranks: plan.ranks_per_node,
+            slot: 1,
+            number: 3,
+            coordinator: "http://sgcl-coordinator.sgcl.svc:7443",
+            never,
+            rather_not: &[],
+        };
+        serde_json::to_value(job.build().unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_nodes_job_runs_one_pod_once_and_asks_for_its_gpus() {
+        let spec = SgclRunSpec {
+            nodes: 2,
+            gpus_per_node: Some(4),
+            queue: Some("lab".into()),
+            resources: Some(Resources { memory: Some("8Gi".into()), ..Resources::default() }),
+            ..SgclRunSpec::default()
+        };
+        let job = built(&spec, &[]);
+        assert_eq!(job["metadata"]["name"], "first-1-3");
+        assert_eq!(job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"], "lab");
+        assert_eq!(job["metadata"]["ownerReferences"][0]["uid"], "u");
+        assert_eq!(job["spec"]["backoffLimit"], 0);
+        let pod = &job["spec"]["template"]["spec"];
+        assert_eq!(pod["restartPolicy"], "Never");
+        assert_eq!(pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"], "4");
+        assert_eq!(pod["containers"][0]["resources"]["limits"]["memory"], "8Gi");
+    }
+
+    #[test]
+    fn its_pod_meets_the_restricted_standard_and_mounts_no_token() {
+        let job = built(&SgclRunSpec { nodes: 1, ..SgclRunSpec::default() }, &[]);
+        let pod = &job["spec"]["template"]["spec"];
+        assert_eq!(pod["automountServiceAccountToken"], false);
+        assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+        assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
+        let container = &pod["containers"][0]["securityContext"];
+        assert_eq!(container["allowPrivilegeEscalation"], false);
+        assert_eq!(container["capabilities"]["drop"], json!(["ALL"]));
+    }
+
+    #[test]
+    fn excluded_machines_are_ruled_out_one_by_one() {
+        let job = built(&SgclRunSpec { nodes: 1, ..SgclRunSpec::default() }, &["a".into(), "b".into()]);
+        let terms = &job["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"];
+        let fields = terms["nodeSelectorTerms"][0]["matchFields"].as_array().unwrap();
+        assert_eq!(fields.len(), 2);
+        assert_eq!(fields[1]["values"], json!(["b"]));
+    }
+}

@@ -1,0 +1,44 @@
+//! The coordinator on Kubernetes: runs are `SgclRun` objects, nodes are Jobs.
+//!
+//! | file | what |
+//! |---|---|
+//! | [`resource`] | the custom resource, and its definition |
+//! | [`defaults`] | what a run leaves open: ConfigMap `sgcl-defaults` |
+//! | [`plan`] | a run with its defaults: what to train, and what its pods need |
+//! | [`prepare`] | its place in the bucket |
+//! | [`job`] | one Job a node slot and attempt |
+//! | [`pods`] | what pods say: exit codes, and what keeps them waiting |
+//! | [`launcher`] | a [`crate::Launcher`] that makes Jobs |
+//! | [`lease`] | one leader of several replicas |
+//! | [`controller`] | from objects to running coordinators |
+//! | [`conduct`] | one run, from its spec in the bucket to its end |
+//! | [`gang`] | which of several waiting runs gives way |
+//! | [`report`] | status, conditions and events |
+
+pub mod conduct;
+pub mod controller;
+pub mod defaults;
+pub mod gang;
+pub mod job;
+pub mod launcher;
+pub mod lease;
+pub mod plan;
+pub mod pods;
+pub mod prepare;
+pub mod report;
+pub mod resource;
+
+/// Label that names a pod's, or a Job's, run.
+pub const RUN_LABEL: &str = "sgcl.dev/run";
+/// Label with the place of the run that a node fills.
+pub const SLOT_LABEL: &str = "sgcl.dev/slot";
+/// Label that counts the Jobs of a slot, from 0.
+pub const ATTEMPT_LABEL: &str = "sgcl.dev/attempt";
+/// Who made an object, to the API server and to its readers.
+pub const MANAGER: &str = "sgcl-coordinator";
+/// Name of the Service, and port, that workers find the coordinator by.
+pub const SERVICE: &str = "sgcl-coordinator";
+/// Port of the gRPC service.
+pub const GRPC_PORT: u16 = 7443;
+/// Namespace that `deploy/` installs into.
+pub const NAMESPACE: &str = "sgcl";

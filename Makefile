@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 # Read back from what scripts/setup wrote for cargo; a value of the caller's own wins.
 python = $${SGCL_PYTHON:-$$(sed -n 's/^SGCL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)}
 
-.PHONY: help setup setup-tests build demo test test-simulation test-goldens test-cluster images lint nccl bench-objective bench-kmeans bench-preemption doc clean
+.PHONY: help setup setup-tests build demo test test-chaos soak test-simulation test-goldens test-cluster images lint nccl bench-objective bench-kmeans bench-preemption doc clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,11 +36,18 @@ test: setup-tests ## every test; on nextest where it is installed
 	  cargo test --release --locked --workspace; \
 	fi
 
+test-chaos: setup-tests ## a run under twenty random faults; SGCL_SEED draws them
+	cargo build --release --locked --workspace --bins --tests
+	cargo test --release --locked --workspace --test chaos -- --nocapture
+
+soak: ## the same for an hour, seed after seed (SGCL_SOAK_S=3600)
+	SGCL_SOAK_S=$${SGCL_SOAK_S:-3600} $(MAKE) test-chaos
+
 test-simulation: ## the coordinator's decisions in a simulated world; SGCL_SEED is the first seed, SGCL_SEEDS how many
-	cargo test --release --locked -p sgcl-coordinator --test simulation -- --nocapture
+	cargo test --release --locked --workspace --test simulation -- --nocapture
 
 test-goldens: setup-tests ## the method against every case in the folder SGCL_GOLDENS names, listing what it read
-	cargo test --release --locked -p sgcl --test goldens -- --nocapture
+	cargo test --release --locked --workspace --test goldens -- --nocapture
 
 images: build ## the images of deploy/Dockerfile, with docker, podman or buildah (ARGS names targets: coordinator worker-cpu worker sgclctl)
 	scripts/images $(ARGS)

@@ -127,6 +127,7 @@ tlsPrivateKeyFile: $pki/node-$i.key
 clusterDomain: cluster.local
 clusterDNS: [$HOST]
 resolvConf: $STATE/resolv.conf
+podLogsDir: $d/logs
 cgroupDriver: cgroupfs
 cgroupRoot: /testcluster/node-$i
 containerRuntimeEndpoint: unix://$d/containerd.sock

@@ -62,7 +62,7 @@ impl Defaults {
     /// A key that is none, or a `config` that is no mapping, with the remedy.
     pub fn read(data: &BTreeMap<String, String>) -> Result<Self, String> {
         if let Some(odd) = data.keys().find(|key| !KEYS.contains(&key.as_str())) {
-            let near = nearest(odd, KEYS.into_iter()).map(|key| format!("; did you mean {key:?}?")).unwrap_or_default();
+            let near = nearest(odd, KEYS).map(|key| format!("; did you mean {key:?}?")).unwrap_or_default();
             return Err(format!("ConfigMap {NAME} has no key {odd:?}{near}"));
         }
         let get = |key: &str| data.get(key).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty());

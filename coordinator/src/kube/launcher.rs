@@ -158,7 +158,7 @@ impl Book {
     #[must_use]
     pub fn has_ended(&self, slot: u32, number: u32) -> bool {
         let entry = self.entries.iter().find(|entry| (entry.slot, entry.number) == (slot, number));
-        entry.and_then(|entry| entry.pod.as_ref()).is_some_and(|pod| pod.code().is_some())
+        entry.and_then(|entry| entry.pod.as_ref()).is_some_and(|pod| pod.ended.is_some() || pod.gone)
     }
 
     /// The last that a slot's newest pod wrote.
@@ -233,6 +233,10 @@ impl KubeLauncher {
     /// A pod's news.
     pub fn pod(&self, facts: &PodFacts) {
         let told = self.book().pod(facts);
+        if facts.lost && !told.is_empty() {
+            // Nobody else would.
+            tokio::spawn(self.clone().remove(facts.slot, facts.number));
+        }
         let ended = self.inner.ended.lock().unwrap_or_else(PoisonError::into_inner).clone();
         for end in told {
             tracing::info!(
@@ -320,12 +324,18 @@ impl KubeLauncher {
         self.inner.trouble.send_replace(None);
     }
 
-    /// Ends a Job and its pod; on a machine that is gone nobody else would. Commits are fenced, so one that lives on does no harm.
+    /// Ends a node that does not end by itself; on a machine that is gone nobody else would. Commits are fenced, so one that lives on does
+    /// no harm.
     async fn end(self, slot: u32, number: u32, wait: Duration) {
         tokio::time::sleep(wait).await;
         if self.book().has_ended(slot, number) {
             return;
         }
+        self.remove(slot, number).await;
+    }
+
+    /// Deletes a Job and its pod.
+    async fn remove(self, slot: u32, number: u32) {
         let job = name(&self.inner.run, slot, number);
         tracing::info!(job, "ending a node that was given up");
         let told = |what: &str, result: kube::Result<()>| match result {
@@ -421,6 +431,7 @@ mod tests {
             priority: 0,
             running: ended.is_none(),
             disrupted: false,
+            lost: false,
             ended,
             said: None,
             waiting: None,

@@ -36,6 +36,8 @@ pub struct PodFacts {
     pub running: bool,
     /// It was evicted, preempted, or its machine is gone: no failure of the run's.
     pub disrupted: bool,
+    /// Its machine does not answer: the kubelet that would say how it ended may be gone with it.
+    pub lost: bool,
     /// Exit code, once it has ended.
     pub ended: Option<i32>,
     /// The last it wrote, where it failed.
@@ -71,6 +73,9 @@ impl PodFacts {
         let said = state.terminated.as_ref().and_then(|end| end.message.as_deref()).map(last_words);
         let over = matches!(phase.as_str(), "Failed" | "Succeeded");
         let ended = exited.or(over.then_some(if phase == "Succeeded" { 0 } else { KILLED }));
+        let runs = state.running.is_some() && ended.is_none();
+        // Workers have no readiness probe: one that runs is not ready only where its machine is not.
+        let lost = runs && is("Ready", "False").is_some();
         let unscheduled = is("PodScheduled", "False").map(|condition| Waiting {
             reason: "Unschedulable".into(),
             message: unschedulable(condition.message.as_deref().unwrap_or("no reason was given")),
@@ -82,8 +87,9 @@ impl PodFacts {
             number: label(ATTEMPT_LABEL)?.parse().ok()?,
             machine: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
             priority: pod.spec.as_ref().and_then(|spec| spec.priority).unwrap_or(0),
-            running: state.running.is_some() && pod.metadata.deletion_timestamp.is_none(),
+            running: runs && !lost && pod.metadata.deletion_timestamp.is_none(),
             disrupted,
+            lost,
             ended,
             said: said.filter(|said| !said.is_empty()),
             waiting: if ended.is_some() { None } else { unscheduled.or_else(|| container.and_then(container_waits)) },
@@ -98,6 +104,7 @@ impl PodFacts {
             Some(0) => Some(0),
             Some(_) | None if self.disrupted && (self.ended.is_some() || self.gone) => Some(YIELDED),
             Some(code) => Some(code),
+            None if self.lost => Some(YIELDED),
             None if self.gone => Some(KILLED),
             None => None,
         }
@@ -261,6 +268,18 @@ mod tests {
         let taken = json!([{ "type": "DisruptionTarget", "status": "True" }]);
         assert_eq!(exited(137, taken.clone()).code(), Some(75));
         assert_eq!(exited(0, taken).code(), Some(0), "it had finished");
+    }
+
+    #[test]
+    fn a_pod_whose_machine_does_not_answer_counts_as_taken_away() {
+        let status = |ready: &str| {
+            json!({ "phase": "Running", "conditions": [{ "type": "Ready", "status": ready }], "containerStatuses": [{
+                "name": "worker", "image": "i", "imageID": "", "ready": true, "restartCount": 0,
+                "state": { "running": {} } }] })
+        };
+        let (well, lost) = (facts(status("True")), facts(status("False")));
+        assert_eq!((well.running, well.code()), (true, None));
+        assert_eq!((lost.running, lost.code()), (false, Some(75)));
     }
 
     #[test]

@@ -151,7 +151,8 @@ impl<L: Launcher> Coordinator<L> {
         let (ended, mut ends) = mpsc::unbounded_channel();
         let (looking, mut found) = mpsc::channel(16);
         // Ends with this coordinator.
-        let _watch = AbortOnDropHandle::new(tokio::spawn(orders::watch(self.run.clone(), lease.clone(), seen, looking)));
+        let _watch =
+            AbortOnDropHandle::new(tokio::spawn(orders::watch(self.run.clone(), lease.clone(), seen, looking)));
         let mut desk = Desk {
             machine,
             recorder: Recorder::new(&self.run, lease.clone()),

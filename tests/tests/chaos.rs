@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use nix::sys::signal::Signal;
-use rand::seq::{IndexedRandom, SliceRandom};
 use rand::Rng;
+use rand::seq::{IndexedRandom, SliceRandom};
 use sgcl_coordinator::launcher::Ended;
 use sgcl_coordinator::{Launcher, Outcome, ProcessLauncher, RunView};
 use sgcl_draw::{Purpose, rng};
@@ -219,7 +219,9 @@ impl Chaos<'_> {
             }
             Fault::Flaky => {
                 let seed = draw.next_u64() % 1000;
-                let plan = format!("seed={seed},error=0.1,lost=0.1,conflict=0.1,truncate=0.1,slow=0.1:100ms,timeout=0.02:300ms");
+                let plan = format!(
+                    "seed={seed},error=0.1,lost=0.1,conflict=0.1,truncate=0.1,slow=0.1:100ms,timeout=0.02:300ms"
+                );
                 self.place.server.faults().set(plan.parse().unwrap());
                 true
             }
@@ -251,7 +253,8 @@ async fn survive(place: &Place, seed: u64) -> (f64, u32) {
     let epochs = u32::try_from(steps.div_ceil(PATCHES.div_ceil(BATCH))).unwrap() + 6;
     let name = format!("chaos-{seed}");
     let epochs_key = format!("epochs={epochs}");
-    let sets = [&epochs_key, "checkpoint.every_steps=15", "step_timeout_s=6", "checkpoint.keep_last=5", "max_restarts=1000"];
+    let sets =
+        [&epochs_key, "checkpoint.every_steps=15", "step_timeout_s=6", "checkpoint.keep_last=5", "max_restarts=1000"];
     let config = config(&sets);
     let launcher = place.launcher(&name);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -285,7 +288,11 @@ async fn survive(place: &Place, seed: u64) -> (f64, u32) {
         }
     }
     assert!(changes >= 10, "SGCL_SEED={seed}: {changes} changes only after {log:#?}");
-    eprintln!("SGCL_SEED={seed}: {} faults, {changes} changes of membership, {epochs} epochs, {} steps", log.len(), proof.steps);
+    eprintln!(
+        "SGCL_SEED={seed}: {} faults, {changes} changes of membership, {epochs} epochs, {} steps",
+        log.len(),
+        proof.steps
+    );
     (place.last_loss(&name, epochs).await, epochs)
 }
 

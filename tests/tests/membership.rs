@@ -50,7 +50,12 @@ async fn step(running: &mut Running, step: u64) {
 
 async fn changes(running: &mut Running, count: usize) -> Vec<Change> {
     let wait = running.view.wait_for(|view| view.changes.len() >= count);
-    tokio::time::timeout(Duration::from_secs(120), wait).await.expect("no change for two minutes").unwrap().changes.clone()
+    tokio::time::timeout(Duration::from_secs(120), wait)
+        .await
+        .expect("no change for two minutes")
+        .unwrap()
+        .changes
+        .clone()
 }
 
 async fn proof(place: &Place, name: &str) -> Proof {

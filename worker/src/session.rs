@@ -29,7 +29,8 @@ const WAIT: Duration = Duration::from_millis(2);
 /// # Errors
 /// Not a URL.
 pub(crate) fn channel(coordinator: &str) -> Result<Channel> {
-    let endpoint = Endpoint::from_shared(coordinator.to_owned()).with_context(|| format!("{coordinator}: not a URL"))?;
+    let endpoint =
+        Endpoint::from_shared(coordinator.to_owned()).with_context(|| format!("{coordinator}: not a URL"))?;
     Ok(endpoint
         .connect_timeout(Duration::from_secs(10))
         .http2_keep_alive_interval(HEARTBEAT)

@@ -68,8 +68,9 @@ impl Plans<'_> {
         for segment in segments {
             let unused = &self.all - &*used;
             let (lanes, window) = (segment.lanes as usize, segment.window as usize);
-            let plan = EpochPlan::new(self.set.index(), self.seed, u64::from(epoch), &unused, lanes, self.batch, window)
-                .map_err(|error| error.to_string())?;
+            let plan =
+                EpochPlan::new(self.set.index(), self.seed, u64::from(epoch), &unused, lanes, self.batch, window)
+                    .map_err(|error| error.to_string())?;
             let steps = usize::try_from(segment.steps).map_err(|error| error.to_string())?;
             if steps > plan.steps() {
                 return Err(format!("{steps} steps of a plan that has {}", plan.steps()));
@@ -128,8 +129,7 @@ pub async fn verify(
     let train = spec.config.data.split(&names).map_err(|error| RunStoreError::damaged("spec.json", error))?.train;
     let slides: Vec<u32> = train.into_iter().filter_map(|slide| u32::try_from(slide).ok()).collect();
     let subset = set.subset(&slides).map_err(|error| RunStoreError::damaged(&spec.data, error))?;
-    let plans =
-        Plans { set, all: subset.unused(), seed: spec.config.seed, batch: spec.config.batch.per_rank };
+    let plans = Plans { set, all: subset.unused(), seed: spec.config.seed, batch: spec.config.batch.per_rank };
     for commit in &read {
         ledger(commits, commit, &plans, &mut proof).await?;
     }

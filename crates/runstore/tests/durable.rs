@@ -10,8 +10,8 @@ use sgcl_patchset::Store;
 use sgcl_runstore::checkpoint::{decode, encode, read_part, read_tensors};
 use sgcl_runstore::config::Checkpoint;
 use sgcl_runstore::{
-    Commit, Commits, Dtype, EventKind, Events, Lease, Ledger, Order, Orders, PartKind, PartWriter, Phase, Progress, RunConfig, RunName,
-    RunStatus, RunStoreError, Spec, StepMetrics, Tensor,
+    Commit, Commits, Dtype, EventKind, Events, Lease, Ledger, Order, Orders, PartKind, PartWriter, Phase, Progress,
+    RunConfig, RunName, RunStatus, RunStoreError, Spec, StepMetrics, Tensor,
 };
 
 struct Run {
@@ -392,7 +392,10 @@ async fn whoever_takes_the_newest_lease_makes_all_others_stale() {
     assert!(second.epoch() > first.epoch());
     second.check().await.unwrap();
     let stale = first.check().await.unwrap_err();
-    assert!(matches!(stale, RunStoreError::Superseded { .. }) && stale.to_string().contains("process 2 on b"), "{stale}");
+    assert!(
+        matches!(stale, RunStoreError::Superseded { .. }) && stale.to_string().contains("process 2 on b"),
+        "{stale}"
+    );
 
     // Many at once: each has a number of its own, one is the newest.
     let takers = (0..8).map(|n| {

@@ -2,8 +2,8 @@
 
 use askama::Template;
 use serde_json::Value;
-use sgcl_runstore::status::EventKind;
 use sgcl_runstore::RunConfig;
+use sgcl_runstore::status::EventKind;
 
 use super::charts::{Chart, Line, number};
 use super::data::Facts;

@@ -18,8 +18,15 @@ impl Trainer {
         let lanes = self.place.world() * accumulate;
         let (seed, epoch) = (config.seed, u64::from(config.epochs));
         let all = self.subset.unused();
-        let plan =
-            EpochPlan::new(self.set.index(), seed, epoch, &all, lanes, config.batch.per_rank, config.loader.window_shards)?;
+        let plan = EpochPlan::new(
+            self.set.index(),
+            seed,
+            epoch,
+            &all,
+            lanes,
+            config.batch.per_rank,
+            config.loader.window_shards,
+        )?;
         let plan = Arc::new(plan);
         let mine = self.place.rank * accumulate;
         let mine = mine..mine + accumulate;

@@ -70,7 +70,11 @@ impl Held {
     ///
     /// # Errors
     /// The ring fails.
-    pub fn holders(sources: &[&Self], layout: Layout, ring: &dyn Collective) -> Result<Vec<Vec<usize>>, CollectiveError> {
+    pub fn holders(
+        sources: &[&Self],
+        layout: Layout,
+        ring: &dyn Collective,
+    ) -> Result<Vec<Vec<usize>>, CollectiveError> {
         let mut mine = vec![0_i64; SHARDS as usize];
         for held in sources {
             for (shard, has) in (0_i64..).zip(&mut mine) {
@@ -79,7 +83,8 @@ impl Held {
                 }
             }
         }
-        let all = ring.all_gather(&Tensor::from_slice(&mine).to_device(layout.device).unsqueeze(0))?.to_device(Device::Cpu);
+        let all =
+            ring.all_gather(&Tensor::from_slice(&mine).to_device(layout.device).unsqueeze(0))?.to_device(Device::Cpu);
         let all: Vec<i64> = Vec::try_from(all.contiguous().view([-1])).unwrap_or_default();
         let ranks: Vec<&[i64]> = all.chunks_exact(SHARDS as usize).collect();
         let holding = |shard: usize, how: i64| {
@@ -140,7 +145,9 @@ impl Held {
                         let mut message = if sender == rank {
                             let parts: Vec<Tensor> = group
                                 .iter()
-                                .filter_map(|&shard| find(shard).map(|(at, from)| from[bank].narrow(0, at, rows(shard))))
+                                .filter_map(|&shard| {
+                                    find(shard).map(|(at, from)| from[bank].narrow(0, at, rows(shard)))
+                                })
                                 .collect();
                             Tensor::cat(&parts, 0).contiguous()
                         } else {

@@ -104,7 +104,11 @@ impl ShardPlan {
     /// Who holds each shard, the owner first.
     #[must_use]
     pub fn holders(&self) -> Vec<Vec<usize>> {
-        self.owner.iter().zip(&self.replica).map(|(&owner, copy)| std::iter::once(owner).chain(*copy).collect()).collect()
+        self.owner
+            .iter()
+            .zip(&self.replica)
+            .map(|(&owner, copy)| std::iter::once(owner).chain(*copy).collect())
+            .collect()
     }
 
     /// Ranks.
@@ -237,7 +241,8 @@ mod tests {
         let after = ShardPlan::settled(&before.holders(), &[Some(0), Some(0), None, None], true);
         assert!((2..4).all(|rank| after.owned(rank).count() == 0 && after.copied(rank).count() == 0));
         assert_eq!((after.owned(0).count(), after.copied(0).count()), (512, 512));
-        let elsewhere = (0..SHARDS).filter(|&s| before.owner(s) >= 2 && before.replica(s) != Some(after.owner(s))).count();
+        let elsewhere =
+            (0..SHARDS).filter(|&s| before.owner(s) >= 2 && before.replica(s) != Some(after.owner(s))).count();
         assert!(elsewhere <= 20, "{elsewhere} shards went to a rank that held no copy");
     }
 

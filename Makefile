@@ -38,7 +38,7 @@ test: setup-tests ## every test; on nextest where it is installed
 
 test-chaos: setup-tests ## a run under twenty random faults; SGCL_SEED draws them
 	cargo build --release --locked --workspace --bins --tests
-	cargo test --release --locked --workspace --test chaos -- --nocapture
+	cargo test --release --locked --workspace --test chaos -- --nocapture --include-ignored
 
 soak: ## the same for an hour, seed after seed (SGCL_SOAK_S=3600)
 	SGCL_SOAK_S=$${SGCL_SOAK_S:-3600} $(MAKE) test-chaos

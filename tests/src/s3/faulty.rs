@@ -151,6 +151,6 @@ impl hyper::body::Body for Cut {
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.size.clone()
+        self.size
     }
 }

@@ -1,7 +1,6 @@
 //! Several runs behind one port, as a cluster's coordinator has them.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-#[allow(dead_code)]
 mod support;
 
 use jiff::Timestamp;

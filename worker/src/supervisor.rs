@@ -140,11 +140,9 @@ impl Node<'_> {
         }
         let mut client = CoordinatorClient::new(channel);
         let mut opening = std::pin::pin!(client.join(UnboundedReceiverStream::new(out)));
-        let mut orders = loop {
-            tokio::select! {
-                stream = &mut opening => break stream?.into_inner(),
-                _ = terminate.recv() => return Ok(exit::YIELDED),
-            }
+        let mut orders = tokio::select! {
+            stream = &mut opening => stream?.into_inner(),
+            _ = terminate.recv() => return Ok(exit::YIELDED),
         };
         // A line that never stood would take them along.
         self.unsaid.drain(..).for_each(tell);

@@ -55,7 +55,12 @@ impl S3Server {
         let mut service = S3ServiceBuilder::new(files);
         service.set_auth(SimpleAuth::from_single(ACCESS_KEY, SECRET_KEY));
         let faults = Faults::new(plan);
-        let faulty = Faulty { service: service.build(), faults: faults.clone(), creating: Arc::default() };
+        let faulty = Faulty {
+            service: service.build(),
+            faults: faults.clone(),
+            creating: Arc::default(),
+            ended: Arc::default(),
+        };
         let runtime = Runtime::new()?;
         // Bound without waiting, so that a test may be async itself.
         let listener = std::net::TcpListener::bind("127.0.0.1:0")?;

@@ -77,6 +77,12 @@ async fn every_fault_is_met_once_and_passes() {
     faults.next(Op::Part, Fault::Lost);
     store.put("large", large.clone()).await.unwrap();
     assert!(store.get("large", u64::MAX).await.unwrap() == large);
+    // The client asks again and hears that there is no such upload: that passes, it does not blame the object.
+    faults.next(Op::Complete, Fault::Lost);
+    let error = store.put("large", large.clone()).await.unwrap_err();
+    assert!(!error.is_permanent(), "{error}");
+    faults.next(Op::Complete, Fault::Lost);
+    store.patient().put("large", large.clone()).await.unwrap();
     let injected = faults.injected();
     for fault in [Fault::Error, Fault::Timeout, Fault::Slow, Fault::Lost, Fault::Conflict, Fault::Truncate] {
         assert!(injected.contains_key(&fault), "{fault:?} was never injected: {injected:?}");

@@ -1,7 +1,8 @@
 //! What the server does to a request that a fault was drawn for.
 
+use std::collections::BTreeSet;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -24,6 +25,8 @@ pub(super) struct Faulty {
     pub(super) faults: Faults,
     /// s3s-fs looks whether an object exists and writes it later: of two conditional puts at once both would win.
     pub(super) creating: Arc<Mutex<()>>,
+    /// Uploads in parts that became objects. Asked about one again, S3 says that there is none; s3s-fs says that it is not allowed.
+    pub(super) ended: Arc<std::sync::Mutex<BTreeSet<String>>>,
 }
 
 impl Faulty {
@@ -62,6 +65,13 @@ impl Faulty {
     }
 
     async fn carry_out(&self, mut request: HttpRequest) -> Result<HttpResponse, StdError> {
+        let upload = query(&request, "uploadId").map(str::to_owned);
+        if let Some(upload) = &upload
+            && self.ended.lock().unwrap_or_else(PoisonError::into_inner).contains(upload)
+        {
+            return refuse(request, NO_UPLOAD).await;
+        }
+        let ends = kind(&request) == Op::Complete;
         let _alone = if request.headers().contains_key(IF_NONE_MATCH) && request.method() == Method::PUT {
             // All of it first: a client that stops in the middle holds up nobody.
             request.body_mut().store_all_limited(MAX_CREATE_BYTES).await?;
@@ -69,16 +79,23 @@ impl Faulty {
         } else {
             None
         };
-        self.service.call(request).await.map_err(|error| format!("{error:?}").into())
+        let response = self.service.call(request).await.map_err(|error| format!("{error:?}"))?;
+        if let (Some(upload), true, true) = (upload, ends, response.status().is_success()) {
+            self.ended.lock().unwrap_or_else(PoisonError::into_inner).insert(upload);
+        }
+        Ok(response)
     }
+}
+
+/// The value of a parameter, empty where it has none.
+fn query<'a>(request: &'a HttpRequest, name: &str) -> Option<&'a str> {
+    let pairs = request.uri().query()?.split('&').map(|pair| pair.split_once('=').unwrap_or((pair, "")));
+    pairs.into_iter().find(|(key, _)| *key == name).map(|(_, value)| value)
 }
 
 /// What a request is, as S3 tells them apart.
 fn kind(request: &HttpRequest) -> Op {
-    let has = |name: &str| {
-        let query = request.uri().query().unwrap_or_default();
-        query.split('&').any(|pair| pair.split('=').next() == Some(name))
-    };
+    let has = |name| query(request, name).is_some();
     match *request.method() {
         Method::HEAD => Op::Head,
         Method::GET if has("list-type") || has("prefix") => Op::List,
@@ -98,6 +115,7 @@ const INTERNAL: Answer = (StatusCode::INTERNAL_SERVER_ERROR, "InternalError");
 const UNAVAILABLE: Answer = (StatusCode::SERVICE_UNAVAILABLE, "SlowDown");
 const CONFLICT: Answer = (StatusCode::CONFLICT, "ConditionalRequestConflict");
 const EXISTS: Answer = (StatusCode::PRECONDITION_FAILED, "PreconditionFailed");
+const NO_UPLOAD: Answer = (StatusCode::NOT_FOUND, "NoSuchUpload");
 /// As MinIO says it; S3 itself is never full.
 const FULL: Answer = (StatusCode::INSUFFICIENT_STORAGE, "XMinioStorageFull");
 

@@ -179,6 +179,8 @@ fn cut(
             Err(error) => Some((Err(error), (body, 0, None))),
         }
     })
+    // Whoever collects a body may ask once more after its end.
+    .fuse()
     .boxed()
 }
 

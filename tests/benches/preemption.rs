@@ -164,12 +164,10 @@ fn main() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let ours = args.has("ours").then(|| runtime.block_on(ours::measure(&args, &log)));
     if let Some(found) = &ours {
-        table::each("sgcl", &found.effects);
+        println!("\nsgcl: each fault (seconds)");
+        found.effects.iter().for_each(|(fault, effect)| table::one(fault, effect));
     }
     let torchrun = args.has("torchrun").then(|| torchrun::measure(&args));
-    if let Some(found) = &torchrun {
-        table::each("torchrun elastic", &found.effects);
-    }
     let cost = args.has("cost").then(|| runtime.block_on(cost::measure(&args)));
     let bars = table::print(&args, ours.as_ref(), torchrun.as_ref(), cost.as_ref());
     println!(

@@ -103,12 +103,20 @@ pub async fn measure(args: &Args) -> Found {
         }
         for which in order {
             let name = format!("cost-{turn}-{which}");
-            match which {
-                0 => found.bare.push(bare(args, &place, &name, sets(0, 0)).await),
-                1 => found.single.push(system(args, &place, &name, sets(0, 0)).await),
-                2 => found.system.push(system(args, &place, &name, sets(1, 0)).await),
-                _ => found.checkpoints.push(system(args, &place, &name, sets(1, args.cost_every)).await),
-            }
+            let (what, taken) = match which {
+                0 => ("bare", &mut found.bare),
+                1 => ("system, one copy", &mut found.single),
+                2 => ("system, two copies", &mut found.system),
+                _ => ("system, two copies, checkpoints", &mut found.checkpoints),
+            };
+            let seconds = match which {
+                0 => bare(args, &place, &name, sets(0, 0)).await,
+                1 => system(args, &place, &name, sets(0, 0)).await,
+                2 => system(args, &place, &name, sets(1, 0)).await,
+                _ => system(args, &place, &name, sets(1, args.cost_every)).await,
+            };
+            println!("turn {turn}, {what}: {seconds:.4} s a step");
+            taken.push(seconds);
         }
     }
     found

@@ -45,31 +45,25 @@ pub fn faults_json(effects: &[(Fault, Effects)]) -> Value {
     json!({ "each": each, "kinds": kinds })
 }
 
-/// Prints what each fault did.
-pub fn each(name: &str, effects: &[(Fault, Effects)]) {
-    println!("\n{name}: each fault (seconds)");
-    for (fault, e) in effects {
-        let seconds = |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.2}"));
-        let phases = |phases: &[(&'static str, f64)]| {
-            phases.iter().map(|(name, took)| format!("{name} {took:.2}")).collect::<Vec<_>>().join(", ")
-        };
-        println!(
-            "{:<7} step {:>5}  lost {:>4}  stepping {:>6}  full size {:>6}  join {:>5}  no step for {:>6}  {}",
-            fault.kind.name(),
-            e.step,
-            e.lost,
-            seconds(e.stepping),
-            seconds(e.full),
-            seconds(e.join),
-            seconds(e.still),
-            [e.note.clone(), phases(&e.phases), phases(&e.join_phases)]
-                .into_iter()
-                .chain(e.while_away.map(|steps| format!("{steps} steps while away")))
-                .filter(|text| !text.is_empty())
-                .collect::<Vec<_>>()
-                .join(" | ")
-        );
-    }
+/// Prints what a fault did.
+pub fn one(fault: &Fault, e: &Effects) {
+    let seconds = |value: Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.2}"));
+    let phases = |phases: &[(&'static str, f64)]| {
+        phases.iter().map(|(name, took)| format!("{name} {took:.2}")).collect::<Vec<_>>().join(", ")
+    };
+    let away = e.while_away.map(|steps| format!("{steps} steps while away")).unwrap_or_default();
+    let more = [e.note.clone(), away, phases(&e.phases), phases(&e.join_phases)];
+    println!(
+        "{:<7} step {:>5}  lost {:>4}  stepping {:>6}  full size {:>6}  join {:>5}  no step for {:>6}  {}",
+        fault.kind.name(),
+        e.step,
+        e.lost,
+        seconds(e.stepping),
+        seconds(e.full),
+        seconds(e.join),
+        seconds(e.still),
+        more.into_iter().filter(|text| !text.is_empty()).collect::<Vec<_>>().join(" | ")
+    );
 }
 
 /// Prints all figures; returns the bars.

@@ -66,13 +66,16 @@ pub fn measure(args: &Args) -> Found {
     let began = Instant::now();
     let mut job = Job::start(args);
     let mut effects = Vec::new();
+    println!("\ntorchrun elastic: each fault (seconds)");
     for fault in args.schedule() {
         let there =
             job.wait(GET_ON, |lines| lines.last().is_some_and(|l| l.step >= fault.step && l.world == args.world()));
         assert!(there, "torchrun does not get to step {}; its agents say:\n{}", fault.step, job.said());
         std::thread::sleep(fault.after);
         job.look();
-        effects.push((fault, job.hit(&fault)));
+        let effect = job.hit(&fault);
+        crate::table::one(&fault, &effect);
+        effects.push((fault, effect));
     }
     let same = |pair: &&[Line]| pair[0].began.total_cmp(&pair[1].began).is_eq() && pair[1].world == args.world();
     let step = job.lines.windows(2).filter(same).map(|pair| pair[1].time - pair[0].time).collect();

@@ -6,8 +6,10 @@ ResNet-18 and a projector on as many views a sample as sgcl has, SIDE pixels eac
 decoded. It trains until it is killed; whoever is rank 0 appends a line of JSON to FOLDER/steps.jsonl at the end of each step.
 """
 import argparse
+import ctypes
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -54,8 +56,13 @@ class Net(nn.Module):
         return F.normalize(self.projector(self.backbone(x)), dim=1)
 
 
+PR_SET_PDEATHSIG = 1
+
+
 def main():
     began = time.time()
+    # A rank without its agent would train for nobody.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     for name in ["every", "px", "views", "batch"]:

@@ -117,8 +117,10 @@ impl<'a> Job<'a> {
         let Args { ranks, every, px, batch, .. } = self.args;
         self.started += 1;
         let said = File::create(self.folder.path().join(format!("agent-{}.log", self.started))).unwrap();
-        Command::new(python)
-            .args(["-m", "torch.distributed.run", "--nnodes=1:2", &format!("--nproc-per-node={ranks}")])
+        // Whatever ends this program ends the agents too, and the script its ranks with their agent.
+        Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", &python, "-m", "torch.distributed.run"])
+            .args(["--nnodes=1:2", &format!("--nproc-per-node={ranks}")])
             .args(["--max-restarts=1000", "--rdzv-backend=c10d", "--rdzv-id=bench", "--local-addr=127.0.0.1"])
             .arg(format!("--rdzv-endpoint=127.0.0.1:{}", self.port))
             .arg(format!("--rdzv-conf=is_host={}", u8::from(node == 0)))

@@ -1,9 +1,15 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ATen.h>
+#include <dlfcn.h>
+#include <gloo/common/error.h>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #ifdef USE_C10D_NCCL
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #endif
+
+#include <exception>
+#include <mutex>
+#include <unordered_set>
 
 #include "guard.h"
 #include "types.h"
@@ -11,35 +17,63 @@
 using sgcl::guarded;
 using std::chrono::milliseconds;
 
-// Gloo's own header of this class includes one that Debian's libgloo-dev leaves out. What is named here libtorch_cpu.so exports; its
-// first virtual function being defined there, so is its type.
 namespace gloo::transport::tcp {
-class Pair : public ::gloo::transport::Pair {
+// Neither its layout nor its header is needed: its functions, which libtorch_cpu.so exports, take it by its address.
+class UnboundBuffer {
  public:
-  ~Pair() override;
-  // Fails the connection as a reset by the peer would: whoever waits on it hears of it, and so does whoever comes later.
-  std::exception_ptr signalExceptionExternal(const std::string& why);
+  bool waitSend(int* rank, std::chrono::milliseconds timeout);
+  bool waitRecv(int* rank, std::chrono::milliseconds timeout);
+  void signalException(std::exception_ptr exception);
 };
 }  // namespace gloo::transport::tcp
 
 namespace {
 
-// ProcessGroupGloo inherits an abort() that does nothing. Merely closing the connections would free the peers alone: a collective of
-// this process that waits on one, or that begins later, would last until its timeout.
+using gloo::transport::tcp::UnboundBuffer;
+
+// What collectives of this process wait for. Closing a connection, or its failure, does not end every wait: not of a send in flight that
+// the peer has stopped reading, nor of what begins later. Those would last until their timeout. A process is in one ring at a time, so
+// all waits are of the group that is aborted.
+std::mutex waits_mutex;
+std::unordered_set<UnboundBuffer*> waits;
+bool aborted = false;
+
+std::exception_ptr abortion() {
+  return std::make_exception_ptr(::gloo::IoException("Connection closed: this process aborted the group"));
+}
+
+class Wait {
+ public:
+  explicit Wait(UnboundBuffer* buffer) : buffer_(buffer) {
+    std::lock_guard<std::mutex> lock(waits_mutex);
+    if (aborted) std::rethrow_exception(abortion());
+    waits.insert(buffer_);
+  }
+  ~Wait() {
+    std::lock_guard<std::mutex> lock(waits_mutex);
+    waits.erase(buffer_);
+  }
+  // libtorch's own function, behind ours of the same name.
+  bool as(const char* name, int* rank, milliseconds timeout) const {
+    using Function = bool (*)(UnboundBuffer*, int*, milliseconds);
+    const auto function = reinterpret_cast<Function>(dlsym(RTLD_NEXT, name));
+    TORCH_CHECK(function != nullptr, "libtorch_cpu.so has no gloo that this was built for: ", name);
+    return function(buffer_, rank, timeout);
+  }
+
+ private:
+  UnboundBuffer* buffer_;
+};
+
+// ProcessGroupGloo inherits an abort() that does nothing. Closing the connections frees the peers, ending the waits this process.
 class Gloo : public c10d::ProcessGroupGloo {
  public:
   using c10d::ProcessGroupGloo::ProcessGroupGloo;
   void abort() override {
-    for (auto& context : contexts_) {
-      for (int rank = 0; rank < context->size; rank++) {
-        // None to itself.
-        auto& pair = context->getPair(rank);
-        if (auto* connection = dynamic_cast<gloo::transport::tcp::Pair*>(pair.get())) {
-          connection->signalExceptionExternal("Connection closed: this process aborted the group");
-        }
-      }
-      context->closeConnections();
-    }
+    for (auto& context : contexts_) context->closeConnections();
+    std::lock_guard<std::mutex> lock(waits_mutex);
+    aborted = true;
+    for (auto* buffer : waits) buffer->signalException(abortion());
   }
 };
 
@@ -59,6 +93,17 @@ SgclGroup* group_of(const c10::intrusive_ptr<c10d::Store>& store, int32_t rank, 
 
 }  // namespace
 
+// These stand before libtorch's own: the virtual functions of every buffer are these.
+bool UnboundBuffer::waitSend(int* rank, milliseconds timeout) {
+  return Wait(this).as("_ZN4gloo9transport3tcp13UnboundBuffer8waitSendEPiNSt6chrono8durationIlSt5ratioILl1ELl1000EEEE", rank,
+                       timeout);
+}
+
+bool UnboundBuffer::waitRecv(int* rank, milliseconds timeout) {
+  return Wait(this).as("_ZN4gloo9transport3tcp13UnboundBuffer8waitRecvEPiNSt6chrono8durationIlSt5ratioILl1ELl1000EEEE", rank,
+                       timeout);
+}
+
 extern "C" {
 
 int32_t sgcl_group_gloo(SgclStore* store, int32_t rank, int32_t world, int64_t timeout_ms, const char* address,
@@ -67,6 +112,10 @@ int32_t sgcl_group_gloo(SgclStore* store, int32_t rank, int32_t world, int64_t t
     auto options = c10d::ProcessGroupGloo::Options::create(milliseconds(timeout_ms));
     options->devices.push_back(interface != nullptr ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)
                                                     : c10d::ProcessGroupGloo::createDeviceForHostname(address));
+    {
+      std::lock_guard<std::mutex> lock(waits_mutex);
+      aborted = false;
+    }
     auto backend = c10::make_intrusive<Gloo>(store->store, rank, world, options);
     *out = group_of(store->store, rank, world, c10::DeviceType::CPU, c10d::ProcessGroup::BackendType::GLOO, backend);
   });

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::process::Command;
 use std::time::Duration;
 
 use common::{Rank, form, local, run};
@@ -24,6 +25,7 @@ fn a_rank_of_the_other_tests() {
         "peer dies in backward" => peer_dies_in_backward(&rank),
         "peer aborts" => peer_aborts(&rank),
         "own abort" => own_abort(&rank),
+        "abort of a send" => abort_of_a_send(&rank),
         other => panic!("no scenario {other}"),
     }
 }
@@ -343,6 +345,38 @@ fn own_abort(me: &Rank) {
     store.set("freed", b"yes").unwrap();
     // The store lives here: let the peer read before it goes.
     std::thread::sleep(Duration::from_millis(200));
+}
+
+#[test]
+fn a_rank_that_aborts_is_freed_from_a_send_that_its_peer_has_stopped_reading() {
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(run("abort of a send", 2, folder.path()), [Some(0), Some(0)]);
+}
+
+fn abort_of_a_send(me: &Rank) {
+    let store = me.store(LONG);
+    let group = me.group(&store, "generation-1");
+    // More than a connection holds: the sends of both stay in flight where one reads no more.
+    let gather = || group.all_gather(&Tensor::zeros([64 << 20], (Kind::Float, Device::Cpu)));
+    group.barrier().unwrap();
+    if me.rank == 1 {
+        store.set("pid", std::process::id().to_string().as_bytes()).unwrap();
+        // Stopped and woken by its peer, in the middle of this.
+        let _ = gather();
+        return;
+    }
+    let pid = String::from_utf8(store.get("pid").unwrap()).unwrap();
+    let signal = |name: &str| assert!(Command::new("kill").args([name, &pid]).status().unwrap().success());
+    std::thread::scope(|scope| {
+        signal("-STOP");
+        let waiting = scope.spawn(|| gather().unwrap_err());
+        std::thread::sleep(Duration::from_millis(500));
+        group.abort().unwrap();
+        // A timeout would be another error.
+        let error = waiting.join().unwrap();
+        assert!(matches!(error, Error::Broken { .. }), "{error}");
+        signal("-CONT");
+    });
 }
 
 #[test]

@@ -153,7 +153,6 @@ async fn under_every_fault_the_answer_is_right_or_a_typed_error_and_patience_mak
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "panics at times in a stream that is polled after its end"]
 async fn of_two_writers_under_lost_replies_and_conflicts_exactly_one_creates() {
     let inner = memory();
     let plan = format!("seed={},lost=0.3,conflict=0.25,error=0.1,truncate=0.1", seed());

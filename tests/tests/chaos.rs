@@ -296,16 +296,29 @@ async fn survive(place: &Place, seed: u64) -> (f64, u32) {
     (place.last_loss(&name, epochs).await, epochs)
 }
 
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().and_then(|value| value.parse().ok())
+}
+
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "exact, but its last loss is above that of undisturbed runs; run it by make test-chaos"]
-async fn a_run_under_twenty_faults_finishes_exactly_and_learns_the_same() {
-    let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse::<u64>().ok());
+async fn a_run_under_twenty_faults_finishes_and_uses_every_patch_once() {
     let (seed, soak) = (number("SGCL_SEED").unwrap_or(1), Duration::from_secs(number("SGCL_SOAK_S").unwrap_or(0)));
     let began = Instant::now();
     let place = Place::new().await;
-    let (loss, epochs) = survive(&place, seed).await;
+    for seed in seed.. {
+        survive(&place, seed).await;
+        if began.elapsed() >= soak {
+            break;
+        }
+    }
+}
 
-    // What runs of other seeds come to when nobody disturbs them.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "does not hold yet: the last loss was 8.67 and 8.69, of undisturbed runs 7.80 to 7.93; run it by make test-chaos"]
+async fn a_run_under_twenty_faults_learns_what_undisturbed_runs_learn() {
+    let seed = number("SGCL_SEED").unwrap_or(1);
+    let place = Place::new().await;
+    let (loss, epochs) = survive(&place, seed).await;
     let mut calm = Vec::new();
     for other in 0..3 {
         let name = format!("calm-{other}");
@@ -320,11 +333,4 @@ async fn a_run_under_twenty_faults_finishes_exactly_and_learns_the_same() {
     let slack = (most - least).max(0.03 * most);
     eprintln!("SGCL_SEED={seed}: last loss {loss:.3}, undisturbed {calm:.3?}");
     assert!((least - slack..=most + slack).contains(&loss), "SGCL_SEED={seed}: {loss} is not among {calm:?}");
-
-    for next in seed + 1.. {
-        if began.elapsed() >= soak {
-            break;
-        }
-        survive(&place, next).await;
-    }
 }

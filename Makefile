@@ -38,10 +38,11 @@ test: setup-tests ## every test; on nextest where it is installed
 
 test-chaos: setup-tests ## a run under twenty random faults; SGCL_SEED draws them
 	cargo build --release --locked --workspace --bins --tests
-	cargo test --release --locked --workspace --test chaos -- --nocapture --include-ignored
+	cargo test --release --locked --workspace --test chaos -- --nocapture --include-ignored --test-threads 1
 
-soak: ## the same for an hour, seed after seed (SGCL_SOAK_S=3600)
-	SGCL_SOAK_S=$${SGCL_SOAK_S:-3600} $(MAKE) test-chaos
+soak: setup-tests ## such runs for an hour, seed after seed (SGCL_SOAK_S=3600): what is in make test of it, again and again
+	cargo build --release --locked --workspace --bins --tests
+	SGCL_SOAK_S=$${SGCL_SOAK_S:-3600} cargo test --release --locked --workspace --test chaos -- --nocapture
 
 test-simulation: ## the coordinator's decisions in a simulated world; SGCL_SEED is the first seed, SGCL_SEEDS how many
 	cargo test --release --locked --workspace --test simulation -- --nocapture

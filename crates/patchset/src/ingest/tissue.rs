@@ -95,11 +95,8 @@ fn glass(picture: &[u8]) -> [u8; 3] {
 }
 
 fn saturation(pixel: &[u8], glass: [u8; 3]) -> u8 {
-    let mut against = [0_u8; 3];
-    for ((out, &value), white) in against.iter_mut().zip(pixel).zip(glass) {
-        *out = (u32::from(value) * 255 / u32::from(white)).min(255) as u8;
-    }
-    let pixel = against;
+    let against = |channel: usize| (u32::from(pixel[channel]) * 255 / u32::from(glass[channel])).min(255) as u8;
+    let pixel = [0, 1, 2].map(against);
     let (low, high) = (pixel.iter().min().copied().unwrap_or(0), pixel.iter().max().copied().unwrap_or(0));
     // Near black (pen, edges of the scan) hue and saturation mean nothing.
     if high < 30 { 0 } else { ((u32::from(high - low) * 255) / u32::from(high)) as u8 }

@@ -435,6 +435,7 @@ impl Trainer {
     fn checkpoint(&mut self, session: &mut Session, done: bool) -> Result<()> {
         self.uploaded(session)?;
         self.tell(session, "checkpoint", self.position.epoch_step, BTreeMap::new(), 0.0);
+        self.learner.same_everywhere(self.ring.as_ref())?;
         let Place { rank, generation, .. } = self.place;
         let step = self.position.step;
         let parts = self.learner.snapshot(rank, &self.subset)?;

@@ -4,8 +4,10 @@
 //! lanes only, so it does not depend on which rank owns which. It is a pure function of its arguments.
 //!
 //! 1. Shards are taken in random order and dealt whole to the lane that has least, while they fit its fair share.
-//! 2. Those that fit nowhere are the uneven tail: their patches fill the lanes up, so that lane lengths differ by at most one.
-//! 3. A lane mixes the patches of `window` shards: a patch of the k-th shard is read at a time drawn evenly from k+1-window to k+1,
+//! 2. Those that fit nowhere are the uneven tail: their patches fill the lanes up, so that the lengths of lanes differ by at most one.
+//! 3. A lane is read in steps of equal size, to one patch. No batch is a remainder: BatchNorm over the two patches that happen to be
+//!    left makes gradients a thousand times too long, and one such step undoes an epoch. Where little is left, fewer lanes read.
+//! 4. A lane mixes the patches of `window` shards: a patch of the k-th shard is read at a time drawn evenly from k+1-window to k+1,
 //!    in units of shards. So at most `window` shards are in use at a time, and they end one after the other.
 
 use rand::RngCore;
@@ -50,7 +52,7 @@ pub enum PlanError {
 type Piece = std::ops::Range<usize>;
 
 impl EpochPlan {
-    /// Plans the patches in `unused` for `lanes` lanes that read `batch` patches a step, from at most `window` shards at a time.
+    /// Plans the patches in `unused` for `lanes` lanes that read up to `batch` patches a step, from at most `window` shards at a time.
     ///
     /// # Errors
     /// `lanes`, `batch` or `window` is zero, or `unused` names a patch that `index` does not have.
@@ -92,7 +94,10 @@ impl EpochPlan {
         order.shuffle(&mut rng(seed, Purpose::Plan, epoch, 0));
 
         let patches = groups.ids.len();
-        let share = |lane: usize| patches / lanes + usize::from(lane < patches % lanes);
+        let reading = (patches / batch.div_ceil(2)).clamp(1, lanes);
+        let share = |lane: usize| {
+            if lane < reading { patches / reading + usize::from(lane < patches % reading) } else { 0 }
+        };
         let (pieces, tail) = deal(&order, |shard| groups.range(shard), lanes, share);
         let draws = groups.draw(seed, epoch, &tail);
 
@@ -122,13 +127,13 @@ impl EpochPlan {
         self.ids.is_empty()
     }
 
-    /// Patches a lane reads a step.
+    /// Most patches a lane reads a step.
     #[must_use]
     pub fn batch(&self) -> usize {
         self.batch
     }
 
-    /// Steps until every lane has been read. In the last one batches may be short, and since lanes differ by one patch, empty.
+    /// Steps until every lane has been read.
     #[must_use]
     pub fn steps(&self) -> usize {
         // The first lane is the longest.
@@ -144,22 +149,28 @@ impl EpochPlan {
         }
     }
 
-    /// Patch ids that a lane reads at `step`, at most [`EpochPlan::batch`].
+    /// Patch ids that a lane reads at `step`: at most [`EpochPlan::batch`] and at least half as many, unless the plan has fewer in all; none
+    /// in a lane that does not read.
     #[must_use]
     pub fn batch_of(&self, lane: usize, step: usize) -> &[u32] {
         let ids = self.lane(lane);
-        let from = step.saturating_mul(self.batch).min(ids.len());
-        &ids[from..from.saturating_add(self.batch).min(ids.len())]
+        &ids[self.read_before(ids.len(), step)..self.read_before(ids.len(), step.saturating_add(1))]
+    }
+
+    /// Patches that a lane of `length` has read before `step`.
+    fn read_before(&self, length: usize, step: usize) -> usize {
+        let steps = self.steps().max(1);
+        // In 128 bits, so that no product is too long.
+        (length as u128 * step.min(steps) as u128 / steps as u128) as usize
     }
 
     /// What all lanes have read before `step`: the ledger, to be united with what was used before the plan was made.
     #[must_use]
     pub fn used_before(&self, step: usize) -> RoaringBitmap {
-        let read = step.saturating_mul(self.batch);
         let mut used: Vec<u32> = Vec::new();
         for lane in 0..self.lanes() {
             let ids = self.lane(lane);
-            used.extend(&ids[..read.min(ids.len())]);
+            used.extend(&ids[..self.read_before(ids.len(), step)]);
         }
         used.par_sort_unstable();
         RoaringBitmap::from_sorted_iter(used.iter().copied()).unwrap_or_else(|_| used.into_iter().collect())

@@ -93,6 +93,8 @@ pub(crate) struct Asked {
 pub(crate) struct StepResult {
     /// Means over the step's anchors, in the order of [`LOSSES`].
     pub(crate) losses: [f64; 4],
+    /// Length of the step's gradient over all parameters.
+    pub(crate) gradient: f64,
     pub(crate) asked: Asked,
 }
 
@@ -218,7 +220,16 @@ impl Learner {
             }
             features.push(loss.features);
         }
-        let result = self.share(ring, &stats, &losses, asked)?;
+        // The same on every rank by now: each adds its part of one number.
+        let squares: Vec<Tensor> =
+            parameters.iter().map(Tensor::grad).filter(Tensor::defined).map(|g| g.square().sum(Kind::Float)).collect();
+        let gradient = tch::no_grad(|| Tensor::stack(&squares, 0).sum(Kind::Float).sqrt() / ring.world() as f64);
+        let result = self.share(ring, &stats, &losses, &gradient, asked)?;
+        ensure!(
+            result.gradient.is_finite(),
+            "step {}: the gradient is not finite; nothing was changed. Lower optimizer.lr, or look at the patches",
+            plan.total + 1
+        );
         Ok((features, result))
     }
 
@@ -267,17 +278,25 @@ impl Learner {
         )?)
     }
 
-    /// One small all-reduce: BatchNorm's statistics, the losses, and what anyone was asked for.
-    fn share(&self, ring: &dyn Collective, stats: &Tensor, losses: &Tensor, asked: Asked) -> Result<StepResult> {
+    /// One small all-reduce: BatchNorm's statistics, the losses, the gradient's length, and what anyone was asked for.
+    fn share(
+        &self,
+        ring: &dyn Collective,
+        stats: &Tensor,
+        losses: &Tensor,
+        gradient: &Tensor,
+        asked: Asked,
+    ) -> Result<StepResult> {
         let flags = [asked.stop, asked.pause, asked.commit].map(|flag| f32::from(u8::from(flag)));
         let flags = Tensor::from_slice(&flags).to_device(self.device);
-        let mut shared = Tensor::cat(&[stats, losses, &flags], 0);
+        let mut shared = Tensor::cat(&[stats, losses, &gradient.view([1]), &flags], 0);
         ring.all_reduce_sum(&mut shared)?;
         let width = stats.size()[0];
         self.model.backbone.set_bn_stats(&shared.narrow(0, 0, width));
-        let tail: Vec<f32> = Vec::try_from(shared.narrow(0, width, 7).to_device(Device::Cpu))?;
+        let tail: Vec<f32> = Vec::try_from(shared.narrow(0, width, 8).to_device(Device::Cpu))?;
         let losses = [0, 1, 2, 3].map(|at| f64::from(tail[at]));
-        let [stop, pause, commit] = [4, 5, 6].map(|at| tail[at] > 0.0);
-        Ok(StepResult { losses, asked: Asked { stop, pause, commit } })
+        let gradient = f64::from(tail[4]);
+        let [stop, pause, commit] = [5, 6, 7].map(|at| tail[at] > 0.0);
+        Ok(StepResult { losses, gradient, asked: Asked { stop, pause, commit } })
     }
 }

@@ -381,6 +381,7 @@ impl Trainer {
             _ => true,
         });
         values.insert("lr".into(), lr);
+        values.insert("gradient/norm".into(), result.gradient);
         if let Some(spread) = self.spread {
             values.insert("bank/deviation".into(), spread.deviation);
             values.insert("bank/effective_rank".into(), spread.effective_rank);

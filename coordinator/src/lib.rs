@@ -1,6 +1,6 @@
 //! The coordinator of a run: gathers nodes, deals ranks, makes checkpoints into commits, ends or retries generations.
 //!
-//! [`machine`] decides and does nothing else; [`server`] does what it decided.
+//! [`machine`] decides and does nothing else; [`server`] does what it decided, [`streams`] speak with nodes and ranks.
 
 pub mod kube;
 pub mod launcher;
@@ -8,11 +8,13 @@ pub mod machine;
 mod orders;
 mod recorder;
 pub mod server;
+pub mod streams;
 pub mod switchboard;
 pub mod view;
 
 pub use launcher::{Launcher, ProcessLauncher};
 pub use machine::{Change, Outcome};
-pub use server::{Coordinator, listen};
+pub use server::Coordinator;
+pub use streams::listen;
 pub use switchboard::Switchboard;
 pub use view::RunView;

@@ -1,43 +1,38 @@
-//! The machine at work: gRPC streams in, effects out, one task that owns all state.
+//! The machine at work: what streams bring in, effects out, one task that owns all state.
 
-use std::collections::BTreeMap;
-use std::future::Future;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use sgcl_patchset::Store;
-use sgcl_proto::v1::coordinator_server::{Coordinator as Service, CoordinatorServer};
-use sgcl_proto::v1::{
-    self, NodeEvent, NodeOrder, RankEvent, RankOrder, node_event, node_order, rank_event, rank_order,
-};
-use sgcl_proto::{MAX_MESSAGE_BYTES, WAITING_FOR_STORAGE};
+use sgcl_proto::WAITING_FOR_STORAGE;
+use sgcl_proto::v1::{self, NodeOrder, RankOrder, node_order, rank_order};
 use sgcl_runstore::commit::Progress;
 use sgcl_runstore::status::{EventKind, Events, Phase};
 use sgcl_runstore::{Commit, Commits, Lease, Order, Orders, PartKind, PartRef, RunStoreError, Spec};
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
-use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::Status;
 
 use crate::launcher::{Ended, Launcher};
 use crate::machine::{Change, Effect, Event, Machine, Outcome, Place, Settings};
 use crate::orders::{self, Notice};
 use crate::recorder::Recorder;
+use crate::streams::{Input, Line, listen};
 use crate::switchboard::Switchboard;
 use crate::view::RunView;
 
 /// How often time alone is looked at.
 const TICK: Duration = Duration::from_millis(100);
-/// Silence after which a connection counts as broken: twice this.
-const HEARTBEAT: Duration = Duration::from_millis(1500);
 /// Time for a node that its user sends home.
 const DRAIN: Duration = Duration::from_secs(10);
 /// Longest wait for the last event when the run is ended at once.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+/// Generations that one coordinator may number: the next one begins behind them.
+const GENERATIONS: u64 = 1000;
 
 /// A run to coordinate.
 pub struct Coordinator<L> {
@@ -53,34 +48,6 @@ pub struct Coordinator<L> {
     pub stop: CancellationToken,
     /// Cancelled: end without a commit.
     pub kill: CancellationToken,
-}
-
-/// A stream's way back, and its number: a node whose line broke comes with a new one, maybe before the old one's end is noticed.
-pub(crate) struct Line<T> {
-    number: u64,
-    orders: mpsc::UnboundedSender<Result<T, Status>>,
-}
-
-/// What the streams tell the one task that owns the state.
-pub(crate) enum Input {
-    Event(Event),
-    Node(String, Line<NodeOrder>),
-    /// The end of a node's stream, which may be an old one.
-    NodeGone(String, u64),
-    Rank(Place, mpsc::UnboundedSender<Result<RankOrder, Status>>),
-    Progress(Place, v1::Progress),
-    Parts {
-        generation: u64,
-        place: Place,
-        parts: v1::PartsWritten,
-    },
-    AskCommit(Place),
-    Found(Place, Result<Option<Commit>>),
-    Committed {
-        generation: u64,
-        step: u64,
-        result: Result<Commit>,
-    },
 }
 
 impl<L: Launcher> Coordinator<L> {
@@ -132,7 +99,9 @@ impl<L: Launcher> Coordinator<L> {
                 return Ok(Outcome::Suspended { reason: "stopped before the storage answered".to_owned() });
             }
         };
-        let generation = commit.as_ref().map_or(0, |commit| commit.progress.generation);
+        // Generations of an earlier coordinator may live and have left no commit: no number is used twice.
+        let used = lease.epoch().saturating_sub(1) * GENERATIONS;
+        let generation = commit.as_ref().map_or(0, |commit| commit.progress.generation).max(used);
         let settings = Settings {
             nodes: self.spec.nodes,
             min_nodes: self.spec.min_nodes,
@@ -162,6 +131,7 @@ impl<L: Launcher> Coordinator<L> {
             ranks: BTreeMap::new(),
             parts: BTreeMap::new(),
             writing: false,
+            to_write: VecDeque::new(),
             asking: Vec::new(),
             inputs,
             ended,
@@ -170,6 +140,16 @@ impl<L: Launcher> Coordinator<L> {
         };
         if let Some(outcome) = desk.carry_out(effects)? {
             return desk.close(outcome).await;
+        }
+        // Ranks may still wait to hear of what an earlier coordinator committed.
+        let made = desk.commit.as_ref().filter(|_| left);
+        if let Some(event) = made.map(|Commit { seq, progress: Progress { generation, step, .. }, .. }| {
+            Event::Committed { generation: *generation, seq: *seq, step: *step }
+        }) {
+            let effects = desk.machine.handle(Instant::now(), event);
+            if let Some(outcome) = desk.carry_out(effects)? {
+                return desk.close(outcome).await;
+            }
         }
         let mut tick = tokio::time::interval(TICK);
         let mut asked = false;
@@ -231,6 +211,8 @@ struct Desk<'a, L> {
     parts: BTreeMap<(u64, u64), BTreeMap<Place, v1::PartsWritten>>,
     /// A commit is being written: what is newest is not known before it ends.
     writing: bool,
+    /// Commits that wait for that.
+    to_write: VecDeque<(u64, u64, Vec<v1::PartsWritten>)>,
     /// Who waits to hear which commit is newest.
     asking: Vec<Place>,
     inputs: mpsc::Sender<Input>,
@@ -339,7 +321,7 @@ impl<L: Launcher> Desk<'_, L> {
                         let seq = commit.seq;
                         self.commit = Some(commit);
                         self.owner.view.send_modify(|view| view.last_commit = Some(seq));
-                        self.answer();
+                        self.write_next();
                         Some(Event::Committed { generation, seq, step })
                     }
                     Err(error) if is_stale(&error) => return Err(error),
@@ -489,9 +471,20 @@ impl<L: Launcher> Desk<'_, L> {
         }
     }
 
-    /// Writes the commit of `step` beside the event loop, and retires old ones behind it.
+    /// Writes the commit of `step`, after those under way.
     fn write_commit(&mut self, generation: u64, step: u64) {
         let written = self.parts.remove(&(generation, step)).unwrap_or_default();
+        self.to_write.push_back((generation, step, written.into_values().collect()));
+        self.write_next();
+    }
+
+    /// Writes a commit beside the event loop, and retires old ones behind it. One at a time: each follows the one before. Whoever waits to
+    /// hear of the newest is answered when none is left to write.
+    fn write_next(&mut self) {
+        if self.writing {
+            return;
+        }
+        let Some((generation, step, written)) = self.to_write.pop_front() else { return self.answer() };
         let parent = self.commit.clone();
         let run = self.owner.run.clone();
         let lease = self.lease.clone();
@@ -500,7 +493,7 @@ impl<L: Launcher> Desk<'_, L> {
         self.writing = true;
         tokio::spawn(async move {
             let result = async {
-                let progress = assemble(written.into_values().collect())?;
+                let progress = assemble(written)?;
                 let commits = Commits::new(&run);
                 let commit = follow(&commits, &lease, parent, progress).await?;
                 if let Err(error) = Commits::new(&run.impatient()).retain(&keep).await {
@@ -573,156 +566,6 @@ fn assemble(written: Vec<v1::PartsWritten>) -> Result<Progress> {
         progress.parts.push(PartRef { kind, path: part.path.clone(), bytes: part.bytes, crc32c: part.crc32c });
     }
     Ok(progress)
-}
-
-/// Serves the streams of every run on the board, until told to end.
-///
-/// # Errors
-/// The listener breaks.
-pub async fn listen(
-    board: Switchboard,
-    listener: TcpListener,
-    end: impl Future<Output = ()> + Send,
-) -> Result<(), tonic::transport::Error> {
-    let service = CoordinatorServer::new(Streams { board, lines: AtomicU64::new(0) })
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_MESSAGE_BYTES);
-    tonic::transport::Server::builder()
-        .http2_keepalive_interval(Some(HEARTBEAT))
-        .http2_keepalive_timeout(Some(HEARTBEAT))
-        .add_service(service)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), end)
-        .await
-}
-
-/// The gRPC side: streams to inputs.
-struct Streams {
-    board: Switchboard,
-    /// Streams so far.
-    lines: AtomicU64,
-}
-
-impl Streams {
-    async fn send(inputs: &mpsc::Sender<Input>, input: Input) -> bool {
-        inputs.send(input).await.is_ok()
-    }
-}
-
-/// The first message of a stream must say who speaks, and of which run.
-fn hello<T>(first: Option<T>, run: impl Fn(&T) -> Option<&str>) -> Result<(T, String), Status> {
-    let first = first.ok_or_else(|| Status::invalid_argument("the stream ended before its hello"))?;
-    let run = run(&first).ok_or_else(|| Status::invalid_argument("the first message must be a hello"))?.to_owned();
-    Ok((first, run))
-}
-
-#[tonic::async_trait]
-impl Service for Streams {
-    type JoinStream = UnboundedReceiverStream<Result<NodeOrder, Status>>;
-    type RankStream = UnboundedReceiverStream<Result<RankOrder, Status>>;
-
-    async fn join(&self, request: Request<Streaming<NodeEvent>>) -> Result<Response<Self::JoinStream>, Status> {
-        let mut events = request.into_inner();
-        let (first, run) = hello(events.message().await?, |first| match &first.event {
-            Some(node_event::Event::Hello(hello)) => Some(&hello.run),
-            _ => None,
-        })?;
-        let Some(node_event::Event::Hello(v1::NodeHello { node, address, slot, ranks, .. })) = first.event else {
-            return Err(Status::invalid_argument("the first message must be a hello"));
-        };
-        let inputs = self.board.find(&run)?;
-        let (orders, out) = mpsc::unbounded_channel();
-        let number = self.lines.fetch_add(1, Ordering::Relaxed);
-        let line = Line { number, orders };
-        tokio::spawn(async move {
-            let ranks = ranks.into_iter().map(|rank| (rank.local_rank, rank.attempt)).collect();
-            let joined = Event::NodeJoined { node: node.clone(), slot, address, ranks };
-            let mut known = Self::send(&inputs, Input::Node(node.clone(), line)).await
-                && Self::send(&inputs, Input::Event(joined)).await;
-            while let (true, Ok(Some(message))) = (known, events.message().await) {
-                let event = match message.event {
-                    Some(node_event::Event::Exited(e)) => Event::RankExited {
-                        place: (node.clone(), e.local_rank),
-                        attempt: e.attempt,
-                        code: e.code,
-                        last_words: e.last_words,
-                    },
-                    Some(node_event::Event::Preempting(e)) => {
-                        Event::Preempting { node: node.clone(), deadline: Duration::from_secs(e.deadline_s.into()) }
-                    }
-                    Some(node_event::Event::Hello(_)) | None => continue,
-                };
-                known = Self::send(&inputs, Input::Event(event)).await;
-            }
-            Self::send(&inputs, Input::NodeGone(node, number)).await;
-        });
-        Ok(Response::new(UnboundedReceiverStream::new(out)))
-    }
-
-    async fn rank(&self, request: Request<Streaming<RankEvent>>) -> Result<Response<Self::RankStream>, Status> {
-        let mut events = request.into_inner();
-        let (first, run) = hello(events.message().await?, |first| match &first.event {
-            Some(rank_event::Event::Hello(hello)) => Some(&hello.run),
-            _ => None,
-        })?;
-        let Some(rank_event::Event::Hello(v1::RankHello { node, local_rank, attempt, member, .. })) = first.event
-        else {
-            return Err(Status::invalid_argument("the first message must be a hello"));
-        };
-        let inputs = self.board.find(&run)?;
-        let (orders, out) = mpsc::unbounded_channel();
-        tokio::spawn(async move {
-            let place = (node, local_rank);
-            if !Self::send(&inputs, Input::Rank(place.clone(), orders)).await {
-                return;
-            }
-            if let Some(v1::Membership { generation, rank, nodes }) = member {
-                let (place, world) = (place.clone(), u32::try_from(nodes.len()).unwrap_or(u32::MAX));
-                let returned = Event::RankReturned { place, attempt, generation, rank, world };
-                if !Self::send(&inputs, Input::Event(returned)).await {
-                    return;
-                }
-            }
-            // A stream that ends says nothing: the supervisor reports how the process ended.
-            while let Ok(Some(RankEvent { generation, event: Some(event) })) = events.message().await {
-                let place = place.clone();
-                let input = match event {
-                    rank_event::Event::Hello(_) => continue,
-                    rank_event::Event::Ready(ready) => {
-                        let broken = Some(ready.broken).filter(|broken| !broken.is_empty());
-                        Input::Event(Event::RankReady { place, attempt, generation, broken })
-                    }
-                    rank_event::Event::Store(store) => {
-                        Input::Event(Event::StoreListening { generation, port: store.port })
-                    }
-                    rank_event::Event::AskCommit(_) => Input::AskCommit(place),
-                    rank_event::Event::Reunited(v1::Reunited { step, from_commit }) => {
-                        Input::Event(Event::Reunited { generation, place, step, from_commit })
-                    }
-                    rank_event::Event::Progress(progress) => {
-                        let alive = Event::Progress { generation, step: progress.step };
-                        if !Self::send(&inputs, Input::Event(alive)).await {
-                            break;
-                        }
-                        Input::Progress(place, progress)
-                    }
-                    rank_event::Event::Parts(parts) => Input::Parts { generation, place, parts },
-                    rank_event::Event::Finished(finished) => {
-                        Input::Event(Event::RankFinished { generation, place, stopped: finished.stopped })
-                    }
-                    rank_event::Event::Failed(failed) => Input::Event(Event::RankFailed {
-                        place,
-                        attempt,
-                        message: failed.message,
-                        code: failed.exit_code,
-                    }),
-                };
-                if !Self::send(&inputs, input).await {
-                    break;
-                }
-            }
-        });
-        Ok(Response::new(UnboundedReceiverStream::new(out)))
-    }
 }
 
 #[cfg(test)]

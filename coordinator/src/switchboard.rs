@@ -6,7 +6,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use crate::server::Input;
+use crate::streams::Input;
 
 /// Who coordinates which run in this process. Cheap to clone.
 #[derive(Clone, Default)]

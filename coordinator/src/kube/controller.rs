@@ -20,7 +20,7 @@ use super::gang::Gangs;
 use super::pods::Pods;
 use super::resource::{Phase, SgclRun};
 use super::{GRPC_PORT, SERVICE};
-use crate::server::listen;
+use crate::streams::listen;
 use crate::switchboard::Switchboard;
 
 /// The conductors of this leader's term.

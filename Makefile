@@ -38,9 +38,9 @@ test: setup-tests ## every test; on nextest where it is installed
 
 test-chaos: setup-tests ## a run under twenty random faults; SGCL_SEED draws them
 	cargo build --release --locked --workspace --bins --tests
-	cargo test --release --locked --workspace --test chaos -- --nocapture --include-ignored --test-threads 1
+	cargo test --release --locked --workspace --test chaos -- --nocapture
 
-soak: setup-tests ## such runs for an hour, seed after seed (SGCL_SOAK_S=3600): what is in make test of it, again and again
+soak: setup-tests ## such runs for an hour, seed after seed (SGCL_SOAK_S=3600)
 	cargo build --release --locked --workspace --bins --tests
 	SGCL_SOAK_S=$${SGCL_SOAK_S:-3600} cargo test --release --locked --workspace --test chaos -- --nocapture
 

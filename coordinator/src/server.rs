@@ -88,6 +88,7 @@ impl<L: Launcher> Coordinator<L> {
         inputs: mpsc::Sender<Input>,
         mut received: mpsc::Receiver<Input>,
     ) -> Result<Outcome> {
+        self.spec.check_version()?;
         let found = async {
             let lease = Lease::take(&self.run, &holder(), jiff::Timestamp::now()).await?;
             let seen = Orders::new(&self.run).newest().await?;

@@ -169,6 +169,7 @@ fn run_store(error: &RunStoreError) -> Known {
         RunStoreError::Store(e) => store(e),
         RunStoreError::RunName { .. } => (Exit::Usage, None),
         RunStoreError::SpecDiffers { .. } => (Exit::Config, Some("--name starts another run beside it")),
+        RunStoreError::PastVersion { .. } => (Exit::Config, Some("`sgclctl pull` fetches what it has exported")),
         RunStoreError::Superseded { .. } => (Exit::Failed, Some("watch it with `sgclctl status`; nothing was lost")),
         RunStoreError::Lost { .. } => (Exit::Failed, Some("end one of the two sgclctl that train this run")),
         _ => (Exit::Data, None),

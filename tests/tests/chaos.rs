@@ -1,7 +1,8 @@
 //! A run whose ranks, nodes, coordinator and storage fail at random moments, with real processes and S3 over HTTP: it finishes all its
-//! epochs, and the bucket proves that every patch was used once. That it has learnt what undisturbed runs learn does not hold yet.
+//! epochs, the bucket proves that every patch was used once, and it has learnt what undisturbed runs learn.
 //!
-//! `SGCL_SEED` draws the faults; `SGCL_SOAK_S` goes on with the next seeds for so many seconds (`make soak`).
+//! `SGCL_SEED` draws the faults; `SGCL_SOAK_S` goes on with the next seeds for so many seconds (`make soak`): those are not compared
+//! with undisturbed runs.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
 mod support;
@@ -299,37 +300,37 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|value| value.parse().ok())
 }
 
+/// The last losses of runs that nothing happens to.
+async fn undisturbed(place: &Place, epochs: u32) -> Vec<f64> {
+    let mut losses = Vec::new();
+    for seed in 0..3 {
+        let name = format!("calm-{seed}");
+        let config = config(&[&format!("epochs={epochs}"), &format!("seed={seed}")]);
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let running = place.start(&name, place.launcher(&name), listener, &config).await;
+        assert_eq!(running.outcome.await.unwrap(), Outcome::Finished);
+        losses.push(place.last_loss(&name, epochs).await);
+    }
+    losses
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn a_run_under_twenty_faults_finishes_and_uses_every_patch_once() {
-    let (seed, soak) = (number("SGCL_SEED").unwrap_or(1), Duration::from_secs(number("SGCL_SOAK_S").unwrap_or(0)));
+async fn a_run_under_twenty_faults_uses_every_patch_once_and_learns_what_undisturbed_runs_learn() {
+    let (first, soak) = (number("SGCL_SEED").unwrap_or(1), Duration::from_secs(number("SGCL_SOAK_S").unwrap_or(0)));
     let began = Instant::now();
     let place = Place::new().await;
-    for seed in seed.. {
-        survive(&place, format!("chaos-{seed}"), seed).await;
+    for seed in first.. {
+        let (loss, epochs) = survive(&place, format!("chaos-{seed}"), seed).await;
+        if seed == first {
+            let calm = undisturbed(&place, epochs).await;
+            let (least, most) = calm.iter().fold((f64::MAX, f64::MIN), |(a, b), &loss| (a.min(loss), b.max(loss)));
+            // Three runs show less than their whole spread; a smaller world takes smaller steps for a while.
+            let slack = (most - least).max(0.03 * most);
+            eprintln!("SGCL_SEED={seed}: last loss {loss:.3}, undisturbed {calm:.3?}");
+            assert!((least - slack..=most + slack).contains(&loss), "SGCL_SEED={seed}: {loss} is not among {calm:?}");
+        }
         if began.elapsed() >= soak {
             break;
         }
     }
-}
-
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "does not hold yet: the last loss was 8.67 and 8.69, of undisturbed runs 7.80 to 7.93; run it by make test-chaos"]
-async fn a_run_under_twenty_faults_learns_what_undisturbed_runs_learn() {
-    let seed = number("SGCL_SEED").unwrap_or(1);
-    let place = Place::new().await;
-    let (loss, epochs) = survive(&place, format!("disturbed-{seed}"), seed).await;
-    let mut calm = Vec::new();
-    for other in 0..3 {
-        let name = format!("calm-{other}");
-        let config = config(&[&format!("epochs={epochs}"), &format!("seed={other}")]);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let running = place.start(&name, place.launcher(&name), listener, &config).await;
-        assert_eq!(running.outcome.await.unwrap(), Outcome::Finished);
-        calm.push(place.last_loss(&name, epochs).await);
-    }
-    let (least, most) = calm.iter().fold((f64::MAX, f64::MIN), |(a, b), &loss| (a.min(loss), b.max(loss)));
-    // Three runs show less than their whole spread; a smaller world takes smaller steps for a while.
-    let slack = (most - least).max(0.03 * most);
-    eprintln!("SGCL_SEED={seed}: last loss {loss:.3}, undisturbed {calm:.3?}");
-    assert!((least - slack..=most + slack).contains(&loss), "SGCL_SEED={seed}: {loss} is not among {calm:?}");
 }

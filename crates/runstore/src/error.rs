@@ -27,6 +27,19 @@ pub enum RunStoreError {
         /// Newest version known here.
         ours: u32,
     },
+    /// Of a run whose epochs are dealt otherwise.
+    #[error(
+        "{run}: the run was begun by an earlier sgcl (format {version}, this one's is {ours}), which deals epochs otherwise: resume or verify \
+         it with that one, or begin a new run. Its weights can be pulled"
+    )]
+    PastVersion {
+        /// The run.
+        run: String,
+        /// Its version.
+        version: u32,
+        /// Version that is written here.
+        ours: u32,
+    },
     /// Another writer made this commit first: this one must stop.
     #[error(
         "commit {seq} was already made by another writer (generation {generation}, write id {winner}); this one stops"

@@ -6,8 +6,9 @@ use sgcl_patchset::{Created, Store};
 
 use crate::RunStoreError;
 
-/// Version of the JSON formats written here. Readers refuse newer ones by name.
-pub const FORMAT_VERSION: u32 = 1;
+/// Version of the JSON formats written here. Readers refuse newer ones by name. Since 2 an epoch is read in steps of equal size: what is in
+/// the bucket of an older run can be read, but it is not gone on with.
+pub const FORMAT_VERSION: u32 = 2;
 
 /// Longest JSON record read.
 pub(crate) const MAX_RECORD_BYTES: u64 = 16 << 20;

@@ -162,12 +162,28 @@ impl Spec {
         }
     }
 
+    /// Whether this sgcl deals epochs as the run began to, so that it can go on with it or prove what it read.
+    ///
+    /// # Errors
+    /// [`RunStoreError::PastVersion`].
+    pub fn check_version(&self) -> Result<(), RunStoreError> {
+        if self.version < FORMAT_VERSION {
+            return Err(RunStoreError::PastVersion {
+                run: self.run.to_string(),
+                version: self.version,
+                ours: FORMAT_VERSION,
+            });
+        }
+        Ok(())
+    }
+
     /// Whether `wanted` may go on with this run: what is computed must be the same; nodes, ranks, the data's URL and how the run is
     /// carried out may change.
     ///
     /// # Errors
-    /// [`RunStoreError::SpecDiffers`] with each difference.
+    /// [`RunStoreError::SpecDiffers`] with each difference; [`RunStoreError::PastVersion`].
     pub fn check_resume(&self, wanted: &Self, run_store: &Store) -> Result<(), RunStoreError> {
+        self.check_version()?;
         let mut differences = Vec::new();
         if self.run != wanted.run {
             differences.push(format!("run: {} is not {}", self.run, wanted.run));

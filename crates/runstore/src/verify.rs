@@ -96,6 +96,7 @@ pub async fn verify(
     set: &PatchSet,
     seen: impl Fn(usize, usize),
 ) -> Result<Proof, RunStoreError> {
+    spec.check_version()?;
     let mut proof = Proof { commits: commits.list().await?, ..Proof::default() };
     let mut read = Vec::new();
     for &seq in &proof.commits {

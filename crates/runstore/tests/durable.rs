@@ -10,8 +10,8 @@ use sgcl_patchset::Store;
 use sgcl_runstore::checkpoint::{decode, encode, read_part, read_tensors};
 use sgcl_runstore::config::Checkpoint;
 use sgcl_runstore::{
-    Commit, Commits, Dtype, EventKind, Events, Lease, Ledger, Order, Orders, PartKind, PartWriter, Phase, Progress,
-    RunConfig, RunName, RunStatus, RunStoreError, Spec, StepMetrics, Tensor,
+    Commit, Commits, Dtype, EventKind, Events, FORMAT_VERSION, Lease, Ledger, Order, Orders, PartKind, PartWriter,
+    Phase, Progress, RunConfig, RunName, RunStatus, RunStoreError, Spec, StepMetrics, Tensor,
 };
 
 struct Run {
@@ -182,7 +182,8 @@ async fn damage_of_every_kind_is_named_and_the_commit_before_serves() {
     let text = run.store.get("commits/00000003.json", 1 << 20).await.unwrap();
     run.store.put("commits/00000003.json", text.slice(..text.len() / 2)).await.unwrap();
     let text = run.store.get("commits/00000002.json", 1 << 20).await.unwrap();
-    let future = String::from_utf8(text.to_vec()).unwrap().replace("\"version\": 1", "\"version\": 99");
+    let future =
+        String::from_utf8(text.to_vec()).unwrap().replace(&format!("\"version\": {FORMAT_VERSION}"), "\"version\": 99");
     run.store.put("commits/00000002.json", future).await.unwrap();
     let intact = commits.newest_intact().await.unwrap().unwrap();
     assert_eq!(intact.commit, all[0]);
@@ -427,4 +428,12 @@ async fn orders_come_in_the_order_they_were_given_and_old_ones_are_not_heard_aga
     assert_eq!(orders.after(1).await.unwrap(), [(2, Order::Suspend)]);
     assert_eq!(orders.after(orders.newest().await.unwrap()).await.unwrap(), []);
     assert_eq!(Phase::read(&run.store).await.unwrap(), Phase::Pending, "an order alone changes nothing");
+}
+
+#[test]
+fn a_run_whose_epochs_are_dealt_otherwise_is_not_gone_on_with() {
+    assert!(spec().check_version().is_ok());
+    let old = Spec { version: 1, ..spec() };
+    let error = old.check_version().unwrap_err().to_string();
+    assert!(error.contains(&format!("{}: the run was begun by an earlier sgcl (format 1", name())), "{error}");
 }

@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn costs_add_up_and_suspended_time_does_not_count() {
         let at = |second: i64, kind| Event {
-            version: 1,
+            version: sgcl_runstore::FORMAT_VERSION,
             write_id: String::new(),
             time: Timestamp::from_second(second).unwrap_or_default(),
             kind,

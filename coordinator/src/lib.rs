@@ -2,6 +2,7 @@
 //!
 //! [`machine`] decides and does nothing else; [`server`] does what it decided, [`streams`] speak with nodes and ranks.
 
+mod commits;
 pub mod kube;
 pub mod launcher;
 pub mod machine;

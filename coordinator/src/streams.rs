@@ -48,6 +48,7 @@ pub(crate) enum Input {
         result: Result<Commit>,
     },
 }
+
 /// Serves the streams of every run on the board, until told to end.
 ///
 /// # Errors

@@ -94,11 +94,12 @@ impl EpochPlan {
         order.shuffle(&mut rng(seed, Purpose::Plan, epoch, 0));
 
         let patches = groups.ids.len();
+        // No more lanes than get half a batch each.
         let reading = (patches / batch.div_ceil(2)).clamp(1, lanes);
         let share = |lane: usize| {
             if lane < reading { patches / reading + usize::from(lane < patches % reading) } else { 0 }
         };
-        let (pieces, tail) = deal(&order, |shard| groups.range(shard), lanes, share);
+        let (pieces, tail) = deal(&order, |shard| groups.range(shard), reading, share);
         let draws = groups.draw(seed, epoch, &tail);
 
         let mut starts = vec![0; lanes + 1];

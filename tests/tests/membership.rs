@@ -210,7 +210,9 @@ async fn damage_is_named_and_the_run_goes_on_from_the_commit_before(#[case] dama
         }
         _ => {
             let text = std::fs::read_to_string(&file).unwrap();
-            std::fs::write(&file, text.replacen("\"version\": 1", "\"version\": 99", 1)).unwrap();
+            let ours = format!("\"version\": {}", sgcl_runstore::FORMAT_VERSION);
+            assert!(text.contains(&ours), "{text}");
+            std::fs::write(&file, text.replacen(&ours, "\"version\": 99", 1)).unwrap();
         }
     }
     let found = proof(&place, "torn").await;

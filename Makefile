@@ -71,8 +71,10 @@ bench-objective: setup ## the objective's step against a dense one: time and mem
 bench-kmeans: setup ## k-means against faiss (SGCL_PYTHON must have faiss-cpu and safetensors)
 	SGCL_PYTHON="$(python)" cargo bench --profile release --locked -p sgcl --bench kmeans -- $(ARGS)
 
-bench-preemption: build ## lost ranks and nodes beside torchrun elastic under the same kills, and what it costs a step (ARGS="--quick")
-	SGCL_PYTHON="$(python)" cargo bench --profile release --locked -p sgcl-tests --bench preemption -- $(ARGS)
+# Built as `make test` builds, so that nothing is compiled twice.
+bench-preemption: setup-tests ## lost ranks and nodes beside torchrun elastic under the same kills, and what it costs a step (ARGS="--quick")
+	cargo build --release --locked --workspace --bins --tests
+	SGCL_PYTHON="$(python)" cargo bench --profile release --locked --workspace --bench preemption -- $(ARGS)
 
 nccl: ## compiles, links and loads the NCCL half; without a GPU it must say that there is none
 	@scripts/setup --nccl

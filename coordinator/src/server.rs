@@ -1,6 +1,7 @@
 //! The machine at work: what streams bring in, effects out, one task that owns all state.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -18,7 +19,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 
 use crate::commits::{assemble, follow, is_stale, newest};
-use crate::launcher::{Ended, Launcher};
+use crate::launcher::{Ended, Errands, Launcher};
 use crate::machine::{Change, Effect, Event, Machine, Outcome, Place, Settings};
 use crate::orders::{self, Notice};
 use crate::recorder::Recorder;
@@ -42,7 +43,7 @@ pub struct Coordinator<L> {
     /// The run's part of the bucket.
     pub run: Store,
     /// How nodes are started.
-    pub launcher: L,
+    pub launcher: Arc<L>,
     /// Where watchers look.
     pub view: watch::Sender<RunView>,
     /// Cancelled once: stop after a commit. `kill` cancelled: stop at once.
@@ -126,6 +127,7 @@ impl<L: Launcher> Coordinator<L> {
         let mut desk = Desk {
             machine,
             recorder: Recorder::new(&self.run, lease.clone()),
+            errands: Errands::new(Arc::clone(&self.launcher), lease.clone(), url, ended.clone()),
             lease,
             commit,
             nodes: BTreeMap::new(),
@@ -135,17 +137,12 @@ impl<L: Launcher> Coordinator<L> {
             to_write: VecDeque::new(),
             asking: Vec::new(),
             inputs,
-            ended,
-            coordinator: url,
             owner: &self,
         };
         if let Some(outcome) = desk.carry_out(effects)? {
             return desk.close(outcome).await;
         }
-        // Ranks may still wait to hear of what an earlier coordinator committed.
-        if let (true, Some(made)) = (left, &desk.commit) {
-            let Progress { generation, step, .. } = made.progress;
-            let event = Event::Committed { generation, seq: made.seq, step };
+        for event in if left { desk.inherited(ended) } else { Vec::new() } {
             let effects = desk.machine.handle(Instant::now(), event);
             if let Some(outcome) = desk.carry_out(effects)? {
                 return desk.close(outcome).await;
@@ -174,8 +171,11 @@ impl<L: Launcher> Coordinator<L> {
                     Event::Tick
                 },
                 error = desk.recorder.refused() => return Err(error),
+                error = desk.errands.failed() => return Err(error),
                 () = self.stop.cancelled(), if !asked => { asked = true; Event::StopRequested }
                 () = self.kill.cancelled() => {
+                    // None is started behind this.
+                    drop(desk.errands);
                     self.launcher.kill_all();
                     let reason = "stopped at once on request".to_owned();
                     desk.recorder.record(EventKind::Suspended { reason: reason.clone() });
@@ -216,18 +216,27 @@ struct Desk<'a, L> {
     /// Who waits to hear which commit is newest.
     asking: Vec<Place>,
     inputs: mpsc::Sender<Input>,
-    ended: mpsc::UnboundedSender<Ended>,
-    coordinator: String,
+    errands: Errands,
     recorder: Recorder,
 }
 
 impl<L: Launcher> Desk<'_, L> {
+    /// What an earlier coordinator has left: nodes that live, and a commit that ranks may still wait to hear of.
+    fn inherited(&self, ended: mpsc::UnboundedSender<Ended>) -> Vec<Event> {
+        let nodes = self.owner.launcher.adopt(ended).into_iter();
+        let commit = self.commit.iter().map(|made| {
+            let Progress { generation, step, .. } = made.progress;
+            Event::Committed { generation, seq: made.seq, step }
+        });
+        nodes.map(|(slot, attempt)| Event::Launched { slot, attempt }).chain(commit).collect()
+    }
+
     /// The end, once the bucket tells of it.
     async fn close(self, outcome: Outcome) -> Result<Outcome> {
         tokio::select! {
             recorded = self.recorder.finish() => match recorded {
-                // Why it failed is worth more than that the bucket cannot be told.
-                Err(error) if matches!(outcome, Outcome::Failed { .. }) => {
+                // Why it failed is worth more than that the bucket cannot be told; a run that is another's has not failed.
+                Err(error) if matches!(outcome, Outcome::Failed { .. }) && !is_stale(&error) => {
                     tracing::warn!("the bucket does not say that the run failed: {error:#}");
                     Ok(outcome)
                 }
@@ -374,9 +383,9 @@ impl<L: Launcher> Desk<'_, L> {
             tracing::debug!(?effect, "decided");
             match effect {
                 Effect::Launch { slot, attempt } => {
-                    self.owner.launcher.launch(slot, attempt, &self.coordinator, self.ended.clone())?;
+                    self.errands.launch(slot, attempt);
                 }
-                Effect::Discard { slot, attempt } => self.owner.launcher.discard(slot, attempt),
+                Effect::Discard { slot, attempt } => self.errands.discard(slot, attempt),
                 Effect::StartRank { place: (node, local_rank), attempt } => {
                     self.order(&node, node_order::Order::Start(v1::StartRank { local_rank, attempt }));
                 }

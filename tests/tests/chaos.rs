@@ -98,6 +98,10 @@ impl Launcher for Shared {
         self.0.launch(slot, attempt, at, ended)
     }
 
+    fn adopt(&self, ended: mpsc::UnboundedSender<Ended>) -> Vec<(u32, u32)> {
+        self.0.adopt(ended)
+    }
+
     fn discard(&self, slot: u32, attempt: u32) {
         self.0.discard(slot, attempt);
     }

@@ -240,6 +240,10 @@ impl Launcher for Once {
         if attempt == 0 { self.0.launch(slot, attempt, at, ended) } else { Ok(()) }
     }
 
+    fn adopt(&self, ended: mpsc::UnboundedSender<Ended>) -> Vec<(u32, u32)> {
+        self.0.adopt(ended)
+    }
+
     fn discard(&self, slot: u32, attempt: u32) {
         self.0.discard(slot, attempt);
     }

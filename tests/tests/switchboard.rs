@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use sgcl_coordinator::{Coordinator, Outcome, ProcessLauncher, RunView, Switchboard, listen};
 use sgcl_patchset::{PatchSet, Store};
@@ -35,7 +37,7 @@ async fn two_runs_behind_one_port_both_finish_each_with_its_own_nodes() {
         let coordinator = Coordinator {
             spec,
             run: store.clone(),
-            launcher: ProcessLauncher::new(worker(), name.to_owned(), 1, 1).with_threads(1),
+            launcher: Arc::new(ProcessLauncher::new(worker(), name.to_owned(), 1, 1).with_threads(1)),
             view: watch::channel(RunView::default()).0,
             stop: CancellationToken::new(),
             kill: CancellationToken::new(),

@@ -19,6 +19,9 @@ const HEARTBEAT: Duration = Duration::from_millis(1500);
 
 /// Time between two tries to reach a coordinator.
 pub(crate) const AGAIN: Duration = Duration::from_millis(250);
+/// Time for a connection to be made. Short: a coordinator that is new waits a few seconds for those that train, and the address of its
+/// predecessor may swallow what is sent to it.
+const CONNECT: Duration = Duration::from_secs(2);
 /// Longest time without one.
 pub(crate) const GIVE_UP: Duration = Duration::from_secs(600);
 /// Time between two looks at what is waited for.
@@ -32,7 +35,7 @@ pub(crate) fn channel(coordinator: &str) -> Result<Channel> {
     let endpoint =
         Endpoint::from_shared(coordinator.to_owned()).with_context(|| format!("{coordinator}: not a URL"))?;
     Ok(endpoint
-        .connect_timeout(Duration::from_secs(10))
+        .connect_timeout(CONNECT)
         .http2_keep_alive_interval(HEARTBEAT)
         .keep_alive_timeout(HEARTBEAT)
         .keep_alive_while_idle(true)

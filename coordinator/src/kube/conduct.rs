@@ -400,7 +400,7 @@ impl Conductor {
         let coordinator = Coordinator {
             spec: prepared.spec,
             run: prepared.store.clone(),
-            launcher: launcher.clone(),
+            launcher: Arc::new(launcher.clone()),
             view: sender,
             stop: stop.clone(),
             kill: kill.clone(),

@@ -93,6 +93,16 @@ impl Book {
         Launch::Create { number, never, rather_not: rather_not.into_iter().collect() }
     }
 
+    /// The newest Job of each slot that has not ended, by its number: another machine takes them as they are.
+    pub fn adopt(&mut self) -> Vec<(u32, u32)> {
+        let mut newest = BTreeMap::new();
+        for entry in self.entries.iter_mut().filter(|entry| !entry.over) {
+            entry.attempt = Some(entry.number);
+            newest.insert(entry.slot, entry.number);
+        }
+        newest.into_iter().collect()
+    }
+
     /// Forgets which attempts were asked for: another machine begins.
     pub fn begin(&mut self) {
         self.entries.iter_mut().for_each(|entry| entry.attempt = None);
@@ -401,6 +411,11 @@ impl Launcher for KubeLauncher {
         Ok(())
     }
 
+    fn adopt(&self, ended: mpsc::UnboundedSender<Ended>) -> Vec<(u32, u32)> {
+        *self.inner.ended.lock().unwrap_or_else(PoisonError::into_inner) = Some(ended);
+        self.book().adopt()
+    }
+
     fn discard(&self, slot: u32, attempt: u32) {
         let number = self.book().discard(slot, attempt);
         if let Some(number) = number {
@@ -461,6 +476,16 @@ mod tests {
         book.known([(0, 0, true), (0, 1, false), (1, 4, true)]);
         assert_eq!(book.launch(0, 0), Launch::Adopt(1));
         assert_eq!(created(&book.launch(1, 0)), 5);
+    }
+
+    #[test]
+    fn the_newest_live_job_of_a_slot_is_adopted_and_its_end_told_once() {
+        let mut book = Book::default();
+        book.known([(0, 0, true), (0, 1, false), (0, 2, false), (1, 4, true)]);
+        assert_eq!(book.adopt(), [(0, 2)]);
+        let told = book.pod(&pod(0, 2, "a", Some(75)));
+        assert_eq!(told.iter().map(|e| (e.slot, e.attempt, e.code)).collect::<Vec<_>>(), [(0, 2, 75)]);
+        assert_eq!(book.adopt(), [(0, 1)]);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! `run --local`: check, write the spec, coordinate in this process, show progress until the end.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -170,7 +171,7 @@ async fn train(spec: &Spec, run: &Store, program: &Path, out: Out) -> Result<Out
     let coordinator = Coordinator {
         spec: spec.clone(),
         run: run.clone(),
-        launcher,
+        launcher: Arc::new(launcher),
         view: sender,
         stop: stop.clone(),
         kill: kill.clone(),

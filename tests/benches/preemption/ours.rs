@@ -108,6 +108,10 @@ impl Launcher for Late {
         Ok(())
     }
 
+    fn adopt(&self, ended: mpsc::UnboundedSender<Ended>) -> Vec<(u32, u32)> {
+        self.nodes.adopt(ended)
+    }
+
     fn discard(&self, slot: u32, attempt: u32) {
         self.nodes.discard(slot, attempt);
     }

@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, unreachable_pub)]
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use rand::Rng as _;
@@ -166,7 +167,7 @@ pub async fn start_over<L: Launcher>(
     let (sender, view) = watch::channel(RunView::default());
     let stop = CancellationToken::new();
     let coordinator =
-        Coordinator { spec, run: store, launcher, view: sender, stop: stop.clone(), kill: CancellationToken::new() };
+        Coordinator { spec, run: store, launcher: Arc::new(launcher), view: sender, stop: stop.clone(), kill: CancellationToken::new() };
     let address = listener.local_addr().unwrap();
     let outcome = tokio::spawn(async move { coordinator.serve(listener).await.unwrap() });
     Running { view, stop, outcome, address }

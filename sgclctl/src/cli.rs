@@ -55,6 +55,10 @@ pub(crate) enum Command {
     Logs(cluster::LogsArgs),
     /// Give a run on the cluster another number of nodes
     Scale(cluster::ScaleArgs),
+    /// Runs on the cluster as they go, drawn anew with every change
+    Watch(cluster::WatchArgs),
+    /// Whether this cluster is ready for a run: installed, permitted, GPUs, bucket; each answer with its remedy
+    Check(cluster::CheckArgs),
     /// Delete a run from the cluster; the bucket keeps what it has
     Delete(cluster::DeleteArgs),
     /// A run's life: every membership change with its cause and cost

@@ -129,3 +129,34 @@ pub(crate) struct DeleteArgs {
     #[command(flatten)]
     pub(crate) cluster: ClusterArgs,
 }
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  sgclctl watch                (every run of the namespace, until Ctrl-C)
+  sgclctl watch first second   (these, until both have ended)")]
+pub(crate) struct WatchArgs {
+    /// Names of runs [default: all]
+    pub(crate) runs: Vec<String>,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+}
+
+#[derive(Args, Debug)]
+#[command(after_help = "\
+Examples:
+  sgclctl check
+  sgclctl check --bucket s3://lab/runs --data s3://lab/patches
+
+Bucket and patch set are tried from this terminal, with its keys; a small object is written into the bucket and deleted again. The exit
+code is 69 where something is missing.")]
+pub(crate) struct CheckArgs {
+    /// Bucket of the runs [default: that of sgcl-defaults]
+    #[arg(long, value_name = "URL")]
+    pub(crate) bucket: Option<String>,
+    /// Patch set [default: that of sgcl-defaults]
+    #[arg(long, value_name = "URL")]
+    pub(crate) data: Option<String>,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+}

@@ -40,6 +40,8 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::Logs(args) => cluster::logs(args, out).await,
         Command::Scale(args) => cluster::scale(args, out).await,
         Command::Delete(args) => cluster::delete(args, out).await,
+        Command::Watch(args) => cluster::watch(args, out).await,
+        Command::Check(args) => cluster::check(args, out).await,
         Command::Describe(args) => describe::main(args, out).await,
         Command::Verify(args) => verify::main(args, out).await,
         Command::Pull(args) => pull::main(args, out).await,

@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 
+use sgcl_runstore::Lease;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
-use sgcl_runstore::Lease;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -258,7 +258,8 @@ mod tests {
         let run = Store::open(&folder.path().display().to_string()).unwrap();
         let lease = Lease::take(&run, "the first", jiff::Timestamp::now()).await.unwrap();
         let nodes = Arc::new(Written::default());
-        let mut errands = Errands::new(Arc::clone(&nodes), lease, "http://here".to_owned(), mpsc::unbounded_channel().0);
+        let mut errands =
+            Errands::new(Arc::clone(&nodes), lease, "http://here".to_owned(), mpsc::unbounded_channel().0);
         errands.launch(0, 0);
         errands.discard(0, 0);
         errands.launch(0, 1);

@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use kube::{Api, Client};
 use sgcl_coordinator::kube::controller::{Leader, Runs};
 use sgcl_coordinator::kube::{GRPC_PORT, NAMESPACE, lease, resource};
+use sgcl_coordinator::trust::Refusals;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -64,9 +65,9 @@ async fn run(args: Arguments) -> Result<()> {
         .context("another TLS provider is installed")?;
     let mut terminate = signal(SignalKind::terminate())?;
     let client = Client::try_default().await.context("no access to a cluster")?;
-    let (runs, state) = (Runs::default(), probes::State::default());
+    let (runs, state, refusals) = (Runs::default(), probes::State::default(), Refusals::default());
     let http = listen(args.http_port).await?;
-    tokio::spawn(probes::serve(http, state.clone(), runs.clone()));
+    tokio::spawn(probes::serve(http, state.clone(), runs.clone(), refusals.clone()));
 
     let leases = Api::namespaced(client.clone(), &args.namespace);
     state.ready();
@@ -78,7 +79,7 @@ async fn run(args: Arguments) -> Result<()> {
     // Not before: a worker that meets a replica which does not lead is refused at once, and tries again.
     let listener = listen(args.grpc_port).await?;
     let (namespace, me, lease_epoch) = (args.namespace, args.name, held.epoch());
-    let leading = Leader { client, namespace, me, listener, lease_epoch, runs }.lead();
+    let leading = Leader { client, namespace, me, listener, lease_epoch, runs, refusals }.lead();
     // Whoever ends first ends the process: what it coordinated goes on without it until the next leader finds it.
     tokio::select! {
         ended = leading => ended,

@@ -8,6 +8,7 @@ use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::get;
 use sgcl_coordinator::kube::controller::Runs;
+use sgcl_coordinator::trust::Refusals;
 use tokio::net::TcpListener;
 
 /// What this replica is. Cheap to clone.
@@ -36,7 +37,7 @@ impl State {
 }
 
 /// Answers until the process ends. Its failure shows in the probes.
-pub(crate) async fn serve(listener: TcpListener, state: State, runs: Runs) {
+pub(crate) async fn serve(listener: TcpListener, state: State, runs: Runs, refusals: Refusals) {
     let ready = state.clone();
     let answer = move || {
         let ready = ready.inner.ready.load(Ordering::Relaxed);
@@ -45,14 +46,14 @@ pub(crate) async fn serve(listener: TcpListener, state: State, runs: Runs) {
     let router = Router::new()
         .route("/healthz", get(|| async { StatusCode::OK }))
         .route("/readyz", get(answer))
-        .route("/metrics", get(move || metrics(state.clone(), runs.clone())));
+        .route("/metrics", get(move || metrics(state.clone(), runs.clone(), refusals.clone())));
     if let Err(error) = axum::serve(listener, router).await {
         tracing::error!(%error, "probes are answered no more");
     }
 }
 
 /// Prometheus' text format.
-async fn metrics(state: State, runs: Runs) -> String {
+async fn metrics(state: State, runs: Runs, refusals: Refusals) -> String {
     let epoch = state.inner.epoch.load(Ordering::Relaxed);
     let mut text = format!(
         "# HELP sgcl_coordinator_leader Whether this replica leads.\n# TYPE sgcl_coordinator_leader gauge\n\
@@ -65,6 +66,13 @@ async fn metrics(state: State, runs: Runs) -> String {
     for (phase, count) in runs.by_phase().await {
         // Writing to a string does not fail.
         let _ = writeln!(text, "sgcl_runs{{phase=\"{phase}\"}} {count}");
+    }
+    text.push_str(
+        "# HELP sgcl_coordinator_refused_total Connections and streams of workers that were refused, by reason.\n\
+         # TYPE sgcl_coordinator_refused_total counter\n",
+    );
+    for (refusal, count) in refusals.counts() {
+        let _ = writeln!(text, "sgcl_coordinator_refused_total{{reason=\"{}\"}} {count}", refusal.name());
     }
     text
 }

@@ -25,6 +25,7 @@ use crate::orders::{self, Notice};
 use crate::recorder::Recorder;
 use crate::streams::{Input, Line, listen};
 use crate::switchboard::Switchboard;
+use crate::trust::Door;
 use crate::view::RunView;
 
 /// How often time alone is looked at.
@@ -64,7 +65,7 @@ impl<L: Launcher> Coordinator<L> {
         let ended = CancellationToken::new();
         let over = ended.clone().cancelled_owned();
         // Ends with this coordinator, however that ends.
-        let _server = AbortOnDropHandle::new(tokio::spawn(listen(board.clone(), listener, over)));
+        let _server = AbortOnDropHandle::new(tokio::spawn(listen(board.clone(), Door::open(), listener, over)));
         let outcome = self.attend(&board, format!("http://{address}")).await;
         // Streams are still open where a node has not left yet: give them a moment, then close.
         tokio::time::sleep(Duration::from_millis(300)).await;

@@ -10,14 +10,20 @@ use sgcl_proto::MAX_MESSAGE_BYTES;
 use sgcl_proto::v1::coordinator_server::{Coordinator as Service, CoordinatorServer};
 use sgcl_proto::v1::{self, NodeEvent, NodeOrder, RankEvent, RankOrder, node_event, rank_event};
 use sgcl_runstore::Commit;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tokio_stream::Stream;
 use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
+use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::machine::{Event, Place};
 use crate::switchboard::Switchboard;
+use crate::trust::Door;
 
+/// Streams of one connection: a supervisor or a rank holds one, and may open another before the last one's end is noticed.
+const STREAMS: u32 = 8;
 /// Silence after which a connection counts as broken: twice this.
 const HEARTBEAT: Duration = Duration::from_millis(1500);
 
@@ -49,29 +55,45 @@ pub(crate) enum Input {
     },
 }
 
-/// Serves the streams of every run on the board, until told to end.
+/// Serves the streams of every run on the board to whoever gets through the door, until told to end.
 ///
 /// # Errors
 /// The listener breaks.
 pub async fn listen(
     board: Switchboard,
+    door: Door,
     listener: TcpListener,
     end: impl Future<Output = ()> + Send,
 ) -> Result<(), tonic::transport::Error> {
-    let service = CoordinatorServer::new(Streams { board, lines: AtomicU64::new(0) })
+    let connections = door.connections(listener);
+    let streams = Streams { board, door, lines: AtomicU64::new(0) };
+    match connections {
+        Ok(connections) => serve(streams, connections, end).await,
+        Err(listener) => serve(streams, TcpListenerStream::new(listener), end).await,
+    }
+}
+
+async fn serve<C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static>(
+    streams: Streams,
+    connections: impl Stream<Item = std::io::Result<C>> + Send,
+    end: impl Future<Output = ()> + Send,
+) -> Result<(), tonic::transport::Error> {
+    let service = CoordinatorServer::new(streams)
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     tonic::transport::Server::builder()
         .http2_keepalive_interval(Some(HEARTBEAT))
         .http2_keepalive_timeout(Some(HEARTBEAT))
+        .max_concurrent_streams(Some(STREAMS))
         .add_service(service)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), end)
+        .serve_with_incoming_shutdown(connections, end)
         .await
 }
 
 /// The gRPC side: streams to inputs.
 struct Streams {
     board: Switchboard,
+    door: Door,
     /// Streams so far.
     lines: AtomicU64,
 }
@@ -95,7 +117,7 @@ impl Service for Streams {
     type RankStream = UnboundedReceiverStream<Result<RankOrder, Status>>;
 
     async fn join(&self, request: Request<Streaming<NodeEvent>>) -> Result<Response<Self::JoinStream>, Status> {
-        let mut events = request.into_inner();
+        let (metadata, _, mut events) = request.into_parts();
         let (first, run) = hello(events.message().await?, |first| match &first.event {
             Some(node_event::Event::Hello(hello)) => Some(&hello.run),
             _ => None,
@@ -103,6 +125,7 @@ impl Service for Streams {
         let Some(node_event::Event::Hello(v1::NodeHello { node, address, slot, ranks, .. })) = first.event else {
             return Err(Status::invalid_argument("the first message must be a hello"));
         };
+        self.door.admit(&metadata, &run, &node).await?;
         let inputs = self.board.find(&run)?;
         let (orders, out) = mpsc::unbounded_channel();
         let number = self.lines.fetch_add(1, Ordering::Relaxed);
@@ -133,7 +156,7 @@ impl Service for Streams {
     }
 
     async fn rank(&self, request: Request<Streaming<RankEvent>>) -> Result<Response<Self::RankStream>, Status> {
-        let mut events = request.into_inner();
+        let (metadata, _, mut events) = request.into_parts();
         let (first, run) = hello(events.message().await?, |first| match &first.event {
             Some(rank_event::Event::Hello(hello)) => Some(&hello.run),
             _ => None,
@@ -142,6 +165,7 @@ impl Service for Streams {
         else {
             return Err(Status::invalid_argument("the first message must be a hello"));
         };
+        self.door.admit(&metadata, &run, &node).await?;
         let inputs = self.board.find(&run)?;
         let (orders, out) = mpsc::unbounded_channel();
         tokio::spawn(async move {

@@ -9,6 +9,11 @@ pub mod v1 {
 /// Largest message on either side: a spec is kilobytes, a part list of 10,000 shards a megabyte.
 pub const MAX_MESSAGE_BYTES: usize = 16 << 20;
 
+/// Environment variable of workers: PEM of the authority that signed the coordinator's certificate.
+pub const CERTIFICATE_VARIABLE: &str = "SGCL_COORDINATOR_CA";
+/// Environment variable of workers: file with the token that opens their streams. Read anew for each.
+pub const TOKEN_VARIABLE: &str = "SGCL_TOKEN_FILE";
+
 /// Phase of a rank that waits for the storage to answer. All others wait with it.
 pub const WAITING_FOR_STORAGE: &str = "waiting for storage";
 

@@ -6,7 +6,7 @@ mod support;
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use sgcl_coordinator::{Coordinator, Outcome, ProcessLauncher, RunView, Switchboard, listen};
+use sgcl_coordinator::{Coordinator, Door, Outcome, ProcessLauncher, RunView, Switchboard, listen};
 use sgcl_patchset::{PatchSet, Store};
 use sgcl_runstore::status::{Phase, RunStatus};
 use sgcl_runstore::{RunName, Spec};
@@ -26,7 +26,7 @@ async fn two_runs_behind_one_port_both_finish_each_with_its_own_nodes() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     let (board, end) = (Switchboard::default(), CancellationToken::new());
-    let serving = tokio::spawn(listen(board.clone(), listener, end.clone().cancelled_owned()));
+    let serving = tokio::spawn(listen(board.clone(), Door::open(), listener, end.clone().cancelled_owned()));
 
     let mut runs = Vec::new();
     for name in ["left", "right"] {

@@ -1,5 +1,6 @@
 //! `sgcl-worker`: what runs on a node. `node` supervises and calls no torch, `rank` trains, `eval` probes frozen features.
 
+mod dial;
 mod eval;
 mod rank;
 mod session;

@@ -3,44 +3,18 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use sgcl_c10d::ProcessGroup;
-use sgcl_proto::MAX_MESSAGE_BYTES;
-use sgcl_proto::v1::coordinator_client::CoordinatorClient;
 use sgcl_proto::v1::{self, RankEvent, rank_event, rank_order};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
-use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
-/// Silence after which a connection counts as broken: twice this.
-const HEARTBEAT: Duration = Duration::from_millis(1500);
+use crate::dial::{AGAIN, Dial, GIVE_UP};
 
-/// Time between two tries to reach a coordinator.
-pub(crate) const AGAIN: Duration = Duration::from_millis(250);
-/// Time for a connection to be made. Short: a coordinator that is new waits a few seconds for those that train, and the address of its
-/// predecessor may swallow what is sent to it.
-const CONNECT: Duration = Duration::from_secs(2);
-/// Longest time without one.
-pub(crate) const GIVE_UP: Duration = Duration::from_secs(600);
 /// Time between two looks at what is waited for.
 const WAIT: Duration = Duration::from_millis(2);
-
-/// A connection that is made at the first call and notices when the other side falls silent.
-///
-/// # Errors
-/// Not a URL.
-pub(crate) fn channel(coordinator: &str) -> Result<Channel> {
-    let endpoint =
-        Endpoint::from_shared(coordinator.to_owned()).with_context(|| format!("{coordinator}: not a URL"))?;
-    Ok(endpoint
-        .connect_timeout(CONNECT)
-        .http2_keep_alive_interval(HEARTBEAT)
-        .keep_alive_timeout(HEARTBEAT)
-        .keep_alive_while_idle(true)
-        .connect_lazy())
-}
 
 /// What the coordinator wants of the generation that trains. Looked at between steps.
 #[derive(Clone, Debug, Default)]
@@ -80,7 +54,7 @@ impl Shared {
 /// The stream behind a session. When it breaks, or the coordinator is replaced, it is made anew: training needs no coordinator, and
 /// goes on meanwhile.
 struct Line {
-    channel: Channel,
+    dial: Dial,
     hello: v1::RankHello,
     shared: Arc<Mutex<Shared>>,
     inbox: mpsc::UnboundedSender<rank_order::Order>,
@@ -123,10 +97,7 @@ impl Line {
         for event in &self.kept {
             said(event.clone())?;
         }
-        let mut client = CoordinatorClient::new(self.channel.clone())
-            .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES);
-        let mut stream = client.rank(UnboundedReceiverStream::new(out)).await?.into_inner();
+        let mut stream = self.dial.client().rank(UnboundedReceiverStream::new(out)).await?.into_inner();
         loop {
             tokio::select! {
                 message = stream.message() => {
@@ -203,7 +174,7 @@ impl Session {
         let (inbox, orders) = mpsc::unbounded_channel();
         let shared = Arc::new(Mutex::new(Shared::default()));
         let mut session = Self { runtime: runtime.clone(), events, orders, shared: Arc::clone(&shared), generation: 0 };
-        let line = Line { channel: channel(coordinator)?, hello, shared, inbox, out, kept: Vec::new() };
+        let line = Line { dial: Dial::new(coordinator)?, hello, shared, inbox, out, kept: Vec::new() };
         runtime.spawn(line.hold());
         match session.next()? {
             rank_order::Order::Welcome(welcome) => Ok((session, welcome)),

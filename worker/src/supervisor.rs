@@ -8,7 +8,6 @@ use anyhow::{Context, Result, anyhow};
 use clap::Args;
 use nix::sys::signal::Signal;
 use sgcl_proto::exit;
-use sgcl_proto::v1::coordinator_client::CoordinatorClient;
 use sgcl_proto::v1::{self, NodeEvent, node_event, node_order};
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
@@ -18,10 +17,9 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
 use tonic::{Code, Status};
 
-use crate::session::{AGAIN, GIVE_UP, channel};
+use crate::dial::{AGAIN, Dial, GIVE_UP};
 
 /// Time from a node's SIGTERM to its end: some clouds give 15 s.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -77,13 +75,13 @@ pub(crate) async fn main(args: &NodeArgs) -> Result<ExitCode> {
     if args.die_with_parent {
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("cannot ask to end with the parent")?;
     }
-    let channel = channel(&args.coordinator)?;
+    let dial = Dial::new(&args.coordinator)?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut node = Node { args, ranks: JoinSet::new(), alive: BTreeMap::new(), unsaid: Vec::new(), deadline: None };
     let mut silent = Instant::now();
     let code = loop {
         let mut heard = false;
-        match node.speak(channel.clone(), &mut terminate, &mut heard).await {
+        match node.speak(&dial, &mut terminate, &mut heard).await {
             Ok(code) => break code,
             Err(status) if matches!(status.code(), Code::PermissionDenied | Code::InvalidArgument) => {
                 return Err(anyhow!("the coordinator at {} refused this node: {}", args.coordinator, status.message()));
@@ -118,7 +116,7 @@ struct Node<'a> {
 
 impl Node<'_> {
     /// One stream, until it breaks (an error) or this node is to end with a code.
-    async fn speak(&mut self, channel: Channel, terminate: &mut SignalStream, heard: &mut bool) -> Result<u8, Status> {
+    async fn speak(&mut self, dial: &Dial, terminate: &mut SignalStream, heard: &mut bool) -> Result<u8, Status> {
         let args = self.args;
         let (events, out) = mpsc::unbounded_channel();
         let tell = |event| {
@@ -138,7 +136,7 @@ impl Node<'_> {
         if self.deadline.is_some() {
             tell(preempting());
         }
-        let mut client = CoordinatorClient::new(channel);
+        let mut client = dial.client();
         let mut opening = std::pin::pin!(client.join(UnboundedReceiverStream::new(out)));
         let mut orders = tokio::select! {
             stream = &mut opening => stream?.into_inner(),

@@ -20,6 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::defaults::Defaults;
 use super::gang::{Gangs, Standing};
+use super::job::WorkerLine;
 use super::launcher::KubeLauncher;
 use super::plan::Plan;
 use super::pods::{PodFacts, Pods};
@@ -31,6 +32,7 @@ use crate::launcher::{Ended, Launcher as _};
 use crate::machine::Outcome;
 use crate::server::Coordinator;
 use crate::switchboard::Switchboard;
+use crate::trust::audience;
 use crate::view::RunView;
 
 /// Holds an object until its workers have committed.
@@ -60,6 +62,8 @@ pub struct Shared {
     pub namespace: String,
     /// Where workers find this coordinator, whichever replica leads.
     pub url: String,
+    /// What they trust it by: the authority's certificate, PEM.
+    pub certificate: String,
     /// Runs behind that port.
     pub board: Switchboard,
     /// Workers' pods.
@@ -243,7 +247,11 @@ impl Conductor {
         let owner = run.controller_owner_ref(&()).context("the object has no uid")?;
         let (jobs, pods): (Api<Job>, Api<Pod>) = (self.namespaced(), self.namespaced());
         let ranks = plan.ranks_per_node;
-        let launcher = KubeLauncher::open(jobs, pods, &self.name, owner, plan.pods.clone(), ranks).await?;
+        let line = WorkerLine {
+            certificate: self.shared.certificate.clone(),
+            audience: audience(&self.shared.namespace, &self.name),
+        };
+        let launcher = KubeLauncher::open(jobs, pods, &self.name, owner, plan.pods.clone(), line, ranks).await?;
         launcher.trim(plan.nodes);
         let mut news = self.shared.pods.of_run(&self.name);
         let training = before == status::Phase::Running;

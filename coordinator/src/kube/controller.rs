@@ -19,9 +19,10 @@ use super::defaults::{self, Defaults};
 use super::gang::Gangs;
 use super::pods::Pods;
 use super::resource::{Phase, SgclRun};
-use super::{GRPC_PORT, SERVICE};
+use super::{GRPC_PORT, SERVICE, trust};
 use crate::streams::listen;
 use crate::switchboard::Switchboard;
+use crate::trust::Refusals;
 
 /// The conductors of this leader's term.
 #[derive(Clone, Default)]
@@ -49,6 +50,8 @@ pub struct Leader {
     pub lease_epoch: u64,
     /// Runs by name.
     pub runs: Runs,
+    /// Who was not let in.
+    pub refusals: Refusals,
 }
 
 struct Context {
@@ -60,9 +63,10 @@ impl Leader {
     /// Leads until dropped.
     ///
     /// # Errors
-    /// The listener breaks; everything else is tried again.
+    /// The listener breaks, or there is no authority for TLS; everything else is tried again.
     pub async fn lead(self) -> Result<()> {
-        let Self { client, namespace, me, listener, lease_epoch, runs } = self;
+        let Self { client, namespace, me, listener, lease_epoch, runs, refusals } = self;
+        let (door, certificate) = trust::door(&client, &namespace, refusals).await?;
         let board = Switchboard::default();
         let pods = Pods::default();
         let watching = pods.clone().watch(Api::namespaced(client.clone(), &namespace));
@@ -70,7 +74,8 @@ impl Leader {
         let reading = read_defaults(Api::namespaced(client.clone(), &namespace), sender);
         let shared = Arc::new(Shared {
             me,
-            url: format!("http://{SERVICE}.{namespace}.svc:{GRPC_PORT}"),
+            url: format!("https://{SERVICE}.{namespace}.svc:{GRPC_PORT}"),
+            certificate,
             board: board.clone(),
             pods: pods.clone(),
             gangs: Gangs::default(),
@@ -97,7 +102,7 @@ impl Leader {
                 .await;
         };
         tokio::select! {
-            served = listen(board, listener, std::future::pending()) => served.context("the gRPC listener broke"),
+            served = listen(board, door, listener, std::future::pending()) => served.context("the gRPC listener broke"),
             watched = watching => watched.context("the watch over pods ended"),
             () = reading => anyhow::bail!("the watch over {} ended", defaults::NAME),
             () = conducting => anyhow::bail!("the watch over runs ended"),

@@ -7,12 +7,28 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use serde_json::{Value, json};
 
 use super::plan::PodNeeds;
+use sgcl_proto::{CERTIFICATE_VARIABLE, TOKEN_VARIABLE};
+
 use super::{ATTEMPT_LABEL, MANAGER, RUN_LABEL, SLOT_LABEL};
 
 /// Time from a pod's SIGTERM to its end. The supervisor wants ten seconds.
 const GRACE_S: u32 = 20;
 /// An ended Job is kept so long, for its logs.
 const KEPT_S: u32 = 3600;
+
+/// The kubelet makes tokens anew at four fifths of this.
+const TOKEN_S: u32 = 3600;
+/// Folder of the token in a worker.
+const TOKEN_FOLDER: &str = "/var/run/sgcl/token";
+
+/// How a run's workers come to trust the coordinator, and it them.
+#[derive(Clone, Debug)]
+pub struct WorkerLine {
+    /// The authority's certificate, PEM.
+    pub certificate: String,
+    /// Whom their tokens are made out to, see [`crate::trust::audience`].
+    pub audience: String,
+}
 
 /// A node to be started.
 #[derive(Clone, Debug)]
@@ -23,6 +39,8 @@ pub struct NodeJob<'a> {
     pub owner: &'a OwnerReference,
     /// What its pod needs.
     pub needs: &'a PodNeeds,
+    /// How it speaks with the coordinator.
+    pub line: &'a WorkerLine,
     /// Ranks, and GPUs.
     pub ranks: u32,
     /// Place of the run.
@@ -66,6 +84,8 @@ impl NodeJob<'_> {
         let env: Vec<Value> = [
             Some(json!({ "name": "POD_IP", "valueFrom": { "fieldRef": { "fieldPath": "status.podIP" } } })),
             Some(json!({ "name": "HOME", "value": "/tmp" })),
+            Some(json!({ "name": CERTIFICATE_VARIABLE, "value": self.line.certificate })),
+            Some(json!({ "name": TOKEN_VARIABLE, "value": format!("{TOKEN_FOLDER}/token") })),
             variable("AWS_ENDPOINT_URL", &needs.s3_endpoint),
             variable("AWS_REGION", &needs.s3_region),
         ]
@@ -76,6 +96,10 @@ impl NodeJob<'_> {
         if let Some(memory) = &needs.resources.memory {
             shm["sizeLimit"] = json!(memory);
         }
+        // Of one audience, for this pod alone, gone with it. The account's own token, which the API server takes, is not mounted.
+        let token = json!({
+            "audience": self.line.audience, "expirationSeconds": TOKEN_S, "path": "token",
+        });
         let disk = needs.resources.disk.as_ref().map_or(json!({}), |size| json!({ "sizeLimit": size }));
         let pod = json!({
             "serviceAccountName": "sgcl-worker",
@@ -108,9 +132,15 @@ impl NodeJob<'_> {
                     "capabilities": { "drop": ["ALL"] },
                 },
                 "terminationMessagePolicy": "FallbackToLogsOnError",
-                "volumeMounts": [{ "name": "tmp", "mountPath": "/tmp" }, { "name": "shm", "mountPath": "/dev/shm" }],
+                "volumeMounts": [
+                    { "name": "tmp", "mountPath": "/tmp" }, { "name": "shm", "mountPath": "/dev/shm" },
+                    { "name": "token", "mountPath": TOKEN_FOLDER, "readOnly": true },
+                ],
             }],
-            "volumes": [{ "name": "tmp", "emptyDir": disk }, { "name": "shm", "emptyDir": shm }],
+            "volumes": [
+                { "name": "tmp", "emptyDir": disk }, { "name": "shm", "emptyDir": shm },
+                { "name": "token", "projected": { "sources": [{ "serviceAccountToken": token }] } },
+            ],
         });
         serde_json::from_value(json!({
             "apiVersion": "batch/v1",
@@ -200,10 +230,11 @@ mod tests {
             run: "first",
             owner: &owner,
             needs: &plan.pods,
+            line: &WorkerLine { certificate: "PEM".into(), audience: "sgcl.dev/sgcl/first".into() },
             ranks: plan.ranks_per_node,
             slot: 1,
             number: 3,
-            coordinator: "http://sgcl-coordinator.sgcl.svc:7443",
+            coordinator: "https://sgcl-coordinator.sgcl.svc:7443",
             never,
             rather_not: &[],
         };
@@ -231,10 +262,13 @@ mod tests {
     }
 
     #[test]
-    fn its_pod_meets_the_restricted_standard_and_mounts_no_token() {
+    fn its_pod_meets_the_restricted_standard_and_its_only_token_is_made_out_to_the_run() {
         let job = built(&SgclRunSpec { nodes: 1, ..SgclRunSpec::default() }, &[]);
         let pod = &job["spec"]["template"]["spec"];
         assert_eq!(pod["automountServiceAccountToken"], false);
+        let sources = &pod["volumes"][2]["projected"]["sources"];
+        assert_eq!(sources.as_array().unwrap().len(), 1);
+        assert_eq!(sources[0]["serviceAccountToken"]["audience"], "sgcl.dev/sgcl/first");
         assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
         assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
         let container = &pod["containers"][0]["securityContext"];

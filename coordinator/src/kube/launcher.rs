@@ -15,7 +15,7 @@ use kube::api::{DeleteParams, ListParams, PostParams};
 use kube::{Api, ResourceExt};
 use tokio::sync::{mpsc, watch};
 
-use super::job::{NodeJob, name};
+use super::job::{NodeJob, WorkerLine, name};
 use super::plan::PodNeeds;
 use super::pods::PodFacts;
 use super::{ATTEMPT_LABEL, RUN_LABEL, SLOT_LABEL};
@@ -208,6 +208,7 @@ struct Inner {
     run: String,
     owner: OwnerReference,
     needs: PodNeeds,
+    line: WorkerLine,
     ranks: u32,
     book: Mutex<Book>,
     ended: Mutex<Option<mpsc::UnboundedSender<Ended>>>,
@@ -226,13 +227,14 @@ impl KubeLauncher {
         run: &str,
         owner: OwnerReference,
         needs: PodNeeds,
+        line: WorkerLine,
         ranks: u32,
     ) -> kube::Result<Self> {
         let mut book = Book::default();
         book.known(existing(&jobs, run).await?);
         let (run, book, ended) = (run.to_owned(), Mutex::new(book), Mutex::new(None));
         let trouble = watch::Sender::new(None);
-        Ok(Self { inner: Arc::new(Inner { jobs, pods, run, owner, needs, ranks, book, ended, trouble }) })
+        Ok(Self { inner: Arc::new(Inner { jobs, pods, run, owner, needs, line, ranks, book, ended, trouble }) })
     }
 
     /// Another state machine begins, which counts from 0.
@@ -400,6 +402,7 @@ impl Launcher for KubeLauncher {
             run: &self.inner.run,
             owner: &self.inner.owner,
             needs: &self.inner.needs,
+            line: &self.inner.line,
             ranks: self.inner.ranks,
             slot,
             number,

@@ -13,6 +13,7 @@
 //! | [`controller`] | from objects to running coordinators |
 //! | [`conduct`] | one run, from its spec in the bucket to its end |
 //! | [`gang`] | which of several waiting runs gives way |
+//! | [`trust`] | the authority of the TLS certificate, and the keys of pods' tokens |
 //! | [`report`] | status, conditions and events |
 
 pub mod conduct;
@@ -27,6 +28,7 @@ pub mod pods;
 pub mod prepare;
 pub mod report;
 pub mod resource;
+pub mod trust;
 
 /// Label that names a pod's, or a Job's, run.
 pub const RUN_LABEL: &str = "sgcl.dev/run";

@@ -166,8 +166,14 @@ pub async fn start_over<L: Launcher>(
     }
     let (sender, view) = watch::channel(RunView::default());
     let stop = CancellationToken::new();
-    let coordinator =
-        Coordinator { spec, run: store, launcher: Arc::new(launcher), view: sender, stop: stop.clone(), kill: CancellationToken::new() };
+    let coordinator = Coordinator {
+        spec,
+        run: store,
+        launcher: Arc::new(launcher),
+        view: sender,
+        stop: stop.clone(),
+        kill: CancellationToken::new(),
+    };
     let address = listener.local_addr().unwrap();
     let outcome = tokio::spawn(async move { coordinator.serve(listener).await.unwrap() });
     Running { view, stop, outcome, address }

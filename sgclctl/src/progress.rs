@@ -129,8 +129,10 @@ fn line(view: &RunView, epochs: u32, eta: Option<f64>) -> String {
     }
     let value = |name: &str| view.metrics.get(&format!("loss/{name}")).copied();
     if let Some(total) = value("total") {
-        let terms: Vec<String> =
-            ["intra", "inter", "inner"].iter().filter_map(|n| Some(format!("{n} {:.2}", value(n)?))).collect();
+        let terms: Vec<String> = ["intra", "inter", "spatial", "semantic", "inner"]
+            .iter()
+            .filter_map(|n| Some(format!("{n} {:.2}", value(n)?)))
+            .collect();
         let terms = if terms.is_empty() { String::new() } else { format!(" ({})", terms.join(", ")) };
         words.push(format!("loss {total:.3}{terms}"));
     }

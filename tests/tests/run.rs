@@ -9,7 +9,7 @@ use sgcl_runstore::checkpoint::read_tensors;
 use sgcl_runstore::metrics::read_metrics;
 use sgcl_runstore::status::{Phase, RunStatus};
 use sgcl_runstore::{Commits, RunName, Tensor, export};
-use support::{config, patch_set, start, train};
+use support::{config, patch_set, small, start, train};
 
 struct Place {
     _folder: tempfile::TempDir,
@@ -144,20 +144,46 @@ async fn a_damaged_shard_fails_the_run_with_its_name() {
 }
 
 #[rstest::rstest]
-#[case("npid")]
-#[case("npid-mcrop")]
+#[case::npid("npid", &["intra"])]
+#[case::npid_mcrop("npid-mcrop", &["intra", "inner"])]
+#[case::local_aggregation("local-aggregation", &["inter"])]
+#[case::sslp("sslp", &["intra", "semantic", "spatial"])]
 #[tokio::test(flavor = "multi_thread")]
-async fn the_family_trains_without_what_it_has_no_use_for(#[case] method: &str) {
-    let place = place(2, 9).await;
-    let config = config(&[&format!("method={method}"), "bank.dtype=bf16", "kmeans.clusters=100000"]);
+async fn the_family_learns_without_what_it_has_no_use_for(#[case] method: &str, #[case] terms: &[&str]) {
+    let place = place(3, 9).await;
+    let file = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{method}.yaml"));
+    let hard = method == "sslp";
+    let clustered = hard || method == "local-aggregation";
+    // What a method has no use for need not fit.
+    let sets = [
+        format!("kmeans.clusters={}", if clustered { 4 } else { 100_000 }),
+        format!("objective.hard={}", if hard { 16 } else { 100_000 }),
+        "bank.dtype=bf16".to_owned(),
+        "epochs=6".to_owned(),
+        "optimizer.lr=0.06".to_owned(),
+    ];
+    let config = small(Some(&file), &sets);
     assert_eq!(train(&place.bucket, &place.data, method, 1, 2, config).await, Outcome::Finished);
     let run = run(&place.bucket, method);
     let metrics = read_metrics(&run).await.unwrap();
-    let has = |name: &str| metrics.iter().all(|step| step.values.contains_key(name));
-    assert!(has("loss/intra") && has("bank/effective_rank"));
-    assert_eq!(has("loss/inner"), method == "npid-mcrop");
-    assert!(metrics.iter().all(|step| !step.values.contains_key("loss/inter")), "nothing is ranked");
+    for step in &metrics {
+        let named: Vec<&str> = step.values.keys().filter_map(|name| name.strip_prefix("loss/")).collect();
+        let mut expected = [terms, &["total"]].concat();
+        expected.sort_unstable();
+        assert_eq!(named, expected);
+        assert!(step.values.contains_key("bank/effective_rank"));
+    }
+    let mean = |epoch: u32| {
+        let losses: Vec<f64> =
+            metrics.iter().filter(|step| step.epoch == epoch).map(|step| step.values["loss/total"]).collect();
+        losses.iter().sum::<f64>() / losses.len() as f64
+    };
+    let (first, last) = (mean(0), mean(5));
+    println!("{method}: mean loss {first:.3} in the first epoch, {last:.3} in the last");
+    assert!(last < 0.97 * first, "{method}: mean loss {first} in the first epoch, {last} in the last");
     let names: Vec<String> = state(&run).await.into_iter().map(|(name, _)| name).collect();
-    assert_eq!(names.iter().any(|name| name.ends_with(" tl")), method == "npid-mcrop");
-    assert!(!names.iter().any(|name| name.ends_with(" backbone")), "no bank for hard negatives");
+    assert_eq!(names.iter().any(|name| name.ends_with(" tl")), terms.contains(&"inner"));
+    assert_eq!(names.iter().any(|name| name.ends_with(" backbone")), hard, "a bank for hard negatives");
+    let layers = names.iter().filter(|name| name.contains("projector.") && name.starts_with("Model")).count();
+    assert_eq!(layers, if hard { 2 } else { 4 }, "weights and biases of the projector");
 }

@@ -25,19 +25,61 @@ pub enum Method {
     Npid,
     /// The same with four local views of a patch (intra + inner).
     NpidMcrop,
+    /// Local aggregation (Zhuang et al. 2019): −log Σ_{C∩B} e^{s/T} / Σ_B e^{s/T} with T = `objective.t_spatial`. B, the background, are
+    /// the `objective.nearest` bank rows most similar to the anchor; C are the rows that share its label in all `kmeans.runs`, as
+    /// METHOD's semantic positives do. The paper takes those that share it in any run: with `kmeans.runs: 1` the two are one. As
+    /// in the paper the anchor's own row is a row like any other: it is in C, and in B where it is near enough. An anchor whose
+    /// C∩B is empty is left out of the mean. There is no spatial term, no local view and no random or hard negative.
+    LocalAggregation,
+    /// SSLP, SGCL's predecessor: intra + w(epoch) · (spatial + semantic), one view, all temperatures one (`configs/sslp.yaml`: 0.07).
+    /// Intra tells the own row from the hard negatives H instead of random ones. Spatial is −log S/(S + H) with S = Σ e^{s/T} over
+    /// spatial positives, semantic −log Σ_{j∈M} s_j/(s_j + H) over semantic positives M, s_j = e^{s/T} of one of them: its value can be
+    /// negative (the published code divides the sum by |M|, which changes no gradient). S, M and H are found as SGCL finds them;
+    /// an anchor without S, or without M, is left out of that term's mean. The published projector is linear: `projector.layers: 1`.
+    Sslp,
 }
 
 impl Method {
-    /// Whether neighbours, clusters and hard negatives are part of the loss.
+    /// Whether neighbours and clusters are part of the loss.
     #[must_use]
     pub fn has_inter(self) -> bool {
-        matches!(self, Self::Sgcl)
+        matches!(self, Self::Sgcl | Self::LocalAggregation | Self::Sslp)
+    }
+
+    /// Whether hard negatives are, which takes a bank of the backbone's features.
+    #[must_use]
+    pub fn has_hard(self) -> bool {
+        matches!(self, Self::Sgcl | Self::Sslp)
     }
 
     /// Whether patches have local views.
     #[must_use]
     pub fn has_local_views(self) -> bool {
         matches!(self, Self::Sgcl | Self::NpidMcrop)
+    }
+
+    /// Terms of the loss, as metrics name them (`loss/intra`).
+    #[must_use]
+    pub fn terms(self) -> &'static [&'static str] {
+        match self {
+            Self::Sgcl => &["intra", "inter", "inner"],
+            Self::Npid => &["intra"],
+            Self::NpidMcrop => &["intra", "inner"],
+            Self::LocalAggregation => &["inter"],
+            Self::Sslp => &["intra", "spatial", "semantic"],
+        }
+    }
+
+    /// Whether neighbours come in gradually, by METHOD's w(epoch). Where they are all there is they count in full.
+    #[must_use]
+    pub fn ramps_up(self) -> bool {
+        matches!(self, Self::Sgcl | Self::Sslp)
+    }
+
+    /// Whether the published code's form of the loss is here too (`variant: released`).
+    #[must_use]
+    pub fn has_released(self) -> bool {
+        matches!(self, Self::Sgcl | Self::Npid | Self::NpidMcrop)
     }
 }
 
@@ -209,18 +251,21 @@ pub struct Backbone {
     pub pretrained: Option<String>,
 }
 
-/// Two-layer head on the pooled features.
+/// Head on the pooled features: what training alone uses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Projector {
     /// Width of the unit vectors that the loss compares.
     #[schemars(range(min = 1, max = 4096))]
     pub dim: usize,
+    /// Linear layers: 2 have a ReLU between them and the backbone's width inside, 1 is linear.
+    #[schemars(range(min = 1, max = 2))]
+    pub layers: usize,
 }
 
 impl Default for Projector {
     fn default() -> Self {
-        Self { dim: 128 }
+        Self { dim: 128, layers: 2 }
     }
 }
 
@@ -295,12 +340,12 @@ pub struct Objective {
     /// Hard negatives of a query (H); at most `top_fraction` of the patches.
     #[schemars(range(min = 1))]
     pub hard: usize,
-    /// Nearest bank rows searched for semantic positives; fewer than the patches.
+    /// Nearest bank rows searched for semantic positives, or local aggregation's background; fewer than the patches.
     #[schemars(range(min = 1))]
     pub nearest: usize,
     /// Temperature of the intra and inner losses.
     pub t_instance: f64,
-    /// Temperature of the inter loss.
+    /// Temperature of the losses that neighbours make.
     pub t_spatial: f64,
     /// Spatial positives lie nearer than this, in grid units.
     pub radius: f64,
@@ -324,7 +369,7 @@ impl RunConfig {
     #[must_use]
     pub fn bank_row(&self) -> usize {
         let views = if self.method.has_local_views() { 5 } else { 1 };
-        let backbone = if self.method.has_inter() { self.backbone.arch.feature_dim() } else { 0 };
+        let backbone = if self.method.has_hard() { self.backbone.arch.feature_dim() } else { 0 };
         views * self.projector.dim + backbone
     }
 }

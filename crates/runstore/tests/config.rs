@@ -55,6 +55,9 @@ fn a_section_can_be_set_whole_and_keeps_its_other_keys() {
 #[case("optimizer: {lr: .nan}", "optimizer.lr")]
 #[case("bank: {replicas: 2}", "bank.replicas 2")]
 #[case("data: {holdout_fraction: 1.0}", "data.holdout_fraction 1")]
+#[case("projector: {layers: 3}", "projector.layers 3")]
+#[case("{method: sslp, variant: released}", "variant: released")]
+#[case("{method: local-aggregation, variant: released}", "variant: released")]
 fn values_that_do_not_hold_together_are_named(#[case] yaml: &str, #[case] expected: &str) {
     let error = load(yaml, &[]).unwrap_err();
     assert!(error.contains(expected), "{error}");
@@ -77,6 +80,18 @@ fn a_configuration_that_does_not_fit_is_refused_with_the_numbers() {
     }
     RunConfig::default().check_against(20_480, 4).unwrap();
     RunConfig::default().check_against(20_479, 4).unwrap_err();
+}
+
+#[rstest]
+#[case("npid", &[])]
+#[case("local-aggregation", &["nearest 4096", "clusters 1000"])]
+#[case("sslp", &["hard 4096", "nearest 4096", "clusters 1000"])]
+fn only_what_a_method_uses_must_fit(#[case] method: &str, #[case] expected: &[&str]) {
+    let config = load("", &[&format!("method={method}")]).unwrap();
+    let refused = config.check_against(200, 1).err().map(|e| e.to_string()).unwrap_or_default();
+    for part in ["hard 4096", "nearest 4096", "clusters 1000"] {
+        assert_eq!(refused.contains(part), expected.contains(&part), "{part:?} in:\n{refused}");
+    }
 }
 
 #[test]

@@ -44,6 +44,12 @@ impl Model {
         Model { backbone: Backbone::new(arch, device), projector: Projector::new(arch.width(), dim, device) }
     }
 
+    /// The same with a projector of one linear layer.
+    #[must_use]
+    pub fn with_linear_projector(arch: Arch, dim: i64, device: Device) -> Self {
+        Model { backbone: Backbone::new(arch, device), projector: Projector::linear(arch.width(), dim, device) }
+    }
+
     /// Draws the initial weights: a pure function of `seed`.
     pub fn init(&self, seed: u64) {
         self.backbone.init(seed, 0);

@@ -1,4 +1,5 @@
-//! One step of the multi-crop objective over a bank dealt to all ranks: intra + w·inter + inner, with gradients for the queries.
+//! One step of the multi-crop objective over a bank dealt to all ranks: intra + w·inter + inner, with gradients for the queries. Other
+//! methods of the family leave terms out or find other neighbours ([`Params`], [`Inter`]).
 //!
 //! ```text
 //! gather queries ▸ positives (k-th score merged) ▸ hard negatives (ranks merged) ▸ partial sums ▸ reduce-scatter ▸ losses, gradients
@@ -21,25 +22,32 @@
 //! | hard negatives, by strata | histograms 2·B·8192 (all-reduce), keys of 8 bytes, about B·(H + 6·√(H·256) + 8·256) |
 //! | sums (reduce-scatter) | B·(12D + 8) |
 //!
+//! Local aggregation has no auxiliary anchors and no hard negatives: its nearest rows go over the wire once, its sums are B·(2D + 3).
+//! SSLP's sums are B·(5D + 7), after an all-reduce of B.
+//!
 //! Whether hard negatives go by rank or by strata depends on B and N alone, so every world computes the same.
 
+mod background;
 mod batch;
 mod hard;
+mod inter;
 mod params;
 mod pool;
 mod positives;
+mod pull;
+mod random;
 mod sums;
 
 pub use batch::{Negatives, Queries, gather};
 pub use hard::HardKey;
-pub use params::{HardBy, Params, ParamsError, Variant};
+pub use params::{HardBy, Inter, Params, ParamsError, Variant};
 pub use pool::{Candidates, Pool};
 pub use positives::{Positives, RowLists};
 
 use crate::bank::{BankError, BankRows, Banks, Widths};
 use crate::collective::{Collective, CollectiveError};
 use batch::Batch;
-use sums::Sums;
+use sums::{Losses, Sums};
 use tch::{Kind, Tensor};
 
 /// What a rank brings to a step; tensors on the banks' device. `ids`, `spatial` and the draws are the same on every rank.
@@ -47,13 +55,14 @@ use tch::{Kind, Tensor};
 pub struct StepInputs<'a> {
     /// (b, D) unit rows of this rank's global views, with gradient; b may be 0 at an epoch's end.
     pub q: &'a Tensor,
-    /// (b, Db) unit rows of the backbone; no gradient flows into them. Looked at where there is an inter term.
+    /// (b, Db) unit rows of the backbone; no gradient flows into them. Looked at where there are hard negatives.
     pub x: &'a Tensor,
     /// (4b, D) unit rows of the local views, corner-major (tl, tr, bl, br), with gradient; (4b, 0) where a method has none.
     pub ql: &'a Tensor,
     /// Bank rows of every rank's anchors, by rank.
     pub ids: &'a [Vec<i64>],
-    /// Spatial neighbours of each anchor, in the order of `ids`, from [`crate::neighbours::Lattice::neighbours`].
+    /// Spatial neighbours of each anchor, in the order of `ids`, from [`crate::neighbours::Lattice::neighbours`]. Looked at where a
+    /// method has spatial positives.
     pub spatial: &'a [Vec<i64>],
     /// (held) i64, one number for the labels of all k-means runs, from [`crate::kmeans::joint_labels`].
     pub clusters: &'a Tensor,
@@ -65,7 +74,7 @@ pub struct StepInputs<'a> {
     pub negatives: &'a Negatives,
     /// Of the draws within strata of the ranking.
     pub key: HardKey,
-    /// Weight of the inter term, [`crate::schedule::rampup`].
+    /// Weight of the terms that neighbours make, [`crate::schedule::rampup`].
     pub inter_weight: f64,
 }
 
@@ -74,11 +83,15 @@ pub struct StepInputs<'a> {
 pub struct StepOutput {
     /// Anchors' own rows against random rows.
     pub intra: Tensor,
-    /// Positives against hard negatives.
+    /// Neighbours against hard negatives, or against the rest of the background.
     pub inter: Tensor,
+    /// Spatial neighbours against hard negatives, where they are compared apart.
+    pub spatial: Tensor,
+    /// Semantic positives against hard negatives, there.
+    pub semantic: Tensor,
     /// Local views' own rows against random rows.
     pub inner: Tensor,
-    /// intra + weight · inter + inner, a scalar whose `backward` fills the gradients of `q` and `ql`.
+    /// intra + weight · (inter + spatial + semantic) + inner, a scalar whose `backward` fills the gradients of `q` and `ql`.
     pub total: Tensor,
     /// Features of all ranks' anchors, to be blended into the banks, in the order of `ids`.
     pub features: BankRows,
@@ -91,7 +104,7 @@ pub struct StepOutput {
 pub struct Found {
     /// Positives.
     pub positives: Positives,
-    /// Hard negatives.
+    /// Hard negatives; of local aggregation the background's rows that are not close.
     pub hard: RowLists,
 }
 
@@ -152,15 +165,17 @@ pub fn step(
     let (batch, found, sums) = tch::no_grad(|| -> Result<_, StepError> {
         let StepInputs { q, x, ql, ids, .. } = *inputs;
         let batch = Batch::gather(&Queries { q, x, ql, ids }, banks, ring)?;
-        let (positives, hard) = if p.inter {
-            let positives = positives::find(&batch, inputs, &cx)?;
-            let hard = hard::find(&batch, &positives, inputs, &cx)?;
-            (positives, hard)
-        } else {
-            (Positives::none(&batch), RowLists::none(&batch))
+        let found = match p.inter {
+            Inter::United | Inter::Apart => {
+                let positives = positives::find(&batch, inputs, &cx)?;
+                let hard = hard::find(&batch, &positives, inputs, &cx)?;
+                Found { positives, hard }
+            }
+            Inter::Aggregated => background::find(&batch, inputs, &cx)?,
+            Inter::None => Found { positives: Positives::none(&batch), hard: RowLists::none(&batch) },
         };
-        let sums = Sums::of(&batch, &positives, &hard, inputs, &cx)?;
-        Ok((batch, Found { positives, hard }, sums))
+        let sums = Sums::of(&batch, &found, inputs, &cx)?;
+        Ok((batch, found, sums))
     })?;
     let (q, ql) = (inputs.q.detach(), inputs.ql.detach());
     let losses = tch::no_grad(|| sums.losses(&q, &ql, inputs.inter_weight, &cx));
@@ -169,7 +184,8 @@ pub fn step(
     let total = &losses.total + pull(inputs.q, &losses.dq) + pull(inputs.ql, &losses.dql);
     let found = Found { positives: found.positives.of(&batch, banks), hard: found.hard.of(&batch, banks) };
     let features = batch.features();
-    Ok(StepOutput { intra: losses.intra, inter: losses.inter, inner: losses.inner, total, features, found })
+    let Losses { intra, inter, spatial, semantic, inner, .. } = losses;
+    Ok(StepOutput { intra, inter, spatial, semantic, inner, total, features, found })
 }
 
 fn check(inputs: &StepInputs<'_>, banks: &Banks, p: &Params, ring: &dyn Collective) -> Result<(), StepError> {
@@ -182,7 +198,7 @@ fn check(inputs: &StepInputs<'_>, banks: &Banks, p: &Params, ring: &dyn Collecti
         if expected == got { Ok(()) } else { Err(StepError::Shape { name, expected, got }) }
     };
     shape("q", vec![mine, d], inputs.q.size())?;
-    if p.inter {
+    if p.ranks() {
         shape("x", vec![mine, db], inputs.x.size())?;
     }
     shape("ql", vec![4 * mine, local], inputs.ql.size())?;
@@ -192,9 +208,10 @@ fn check(inputs: &StepInputs<'_>, banks: &Banks, p: &Params, ring: &dyn Collecti
     shape("clusters", vec![banks.held()], inputs.clusters.size())?;
     shape("ids", vec![ring.world() as i64], vec![inputs.ids.len() as i64])?;
     shape("spatial", vec![anchors as i64], vec![inputs.spatial.len() as i64])?;
+    let drawn = if p.draws() { p.negatives } else { 0 };
     let (rows, count) = match inputs.negatives {
-        Negatives::PerAnchor(rows) => (rows, anchors as i64 * p.negatives),
-        Negatives::Shared(rows) => (rows, p.negatives),
+        Negatives::PerAnchor(rows) => (rows, anchors as i64 * drawn),
+        Negatives::Shared(rows) => (rows, drawn),
     };
     shape("negatives", vec![count], vec![rows.len() as i64])?;
     let named = inputs.ids.iter().flatten().map(|&row| ("ids", row));

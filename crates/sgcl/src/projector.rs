@@ -1,4 +1,4 @@
-//! The projection head: Linear(Db, Db) → ReLU → Linear(Db, D) → l2.
+//! The projection head: Linear(Db, Db) → ReLU → Linear(Db, D) → l2, or Linear(Db, D) → l2.
 
 use tch::{Device, Kind, Tensor};
 
@@ -9,21 +9,24 @@ pub fn l2_normalize(x: &Tensor) -> Tensor {
     x / x.norm_scalaropt_dim(2, [-1], true).clamp_min(1e-12)
 }
 
-/// A two-layer perceptron onto the unit sphere.
+/// A perceptron onto the unit sphere, of two layers or one.
 #[derive(Debug)]
 pub struct Projector {
-    layers: [(Tensor, Tensor); 2],
+    /// Weight and bias of each; a ReLU between two.
+    layers: Vec<(Tensor, Tensor)>,
 }
 
 impl Projector {
-    /// A projector from `input` to `output` dimensions with all weights zero: call [`Projector::init`] or load weights.
+    /// Two layers from `input` to `output` dimensions with all weights zero: call [`Projector::init`] or load weights.
     #[must_use]
     pub fn new(input: i64, output: i64, device: Device) -> Self {
-        let linear = |out: i64| {
-            let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, device)).set_requires_grad(true);
-            (zeros(&[out, input]), zeros(&[out]))
-        };
-        Projector { layers: [linear(input), linear(output)] }
+        Projector { layers: vec![zeros(input, input, device), zeros(input, output, device)] }
+    }
+
+    /// One layer, likewise.
+    #[must_use]
+    pub fn linear(input: i64, output: i64, device: Device) -> Self {
+        Projector { layers: vec![zeros(input, output, device)] }
     }
 
     /// Weights Kaiming normal (fan-in, gain √2), biases 0. Tensor i of [`Projector::parameters`] is drawn from stream `first + i`.
@@ -39,20 +42,29 @@ impl Projector {
 
     /// Pooled features (B, Db) → unit rows (B, D).
     pub fn forward(&self, features: &Tensor) -> Tensor {
-        let [first, second] = &self.layers;
-        let hidden = features.linear(&first.0, Some(&first.1)).relu();
-        l2_normalize(&hidden.linear(&second.0, Some(&second.1)))
+        let mut x = features.shallow_clone();
+        for (at, (weight, bias)) in self.layers.iter().enumerate() {
+            x = if at == 0 { x } else { x.relu() };
+            x = x.linear(weight, Some(bias));
+        }
+        l2_normalize(&x)
     }
 
-    /// Trainable tensors, named as a `torch.nn.Sequential(Linear, ReLU, Linear)` names them, in its order.
+    /// Trainable tensors, named as a `torch.nn.Sequential(Linear, ReLU, Linear)`, or `(Linear)`, names them, in its order.
     #[must_use]
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
-        [0, 2]
-            .iter()
+        (0..)
+            .step_by(2)
             .zip(&self.layers)
             .flat_map(|(i, (weight, bias))| {
                 [(format!("{i}.weight"), weight.shallow_clone()), (format!("{i}.bias"), bias.shallow_clone())]
             })
             .collect()
     }
+}
+
+/// Weight and bias of a layer.
+fn zeros(input: i64, output: i64, device: Device) -> (Tensor, Tensor) {
+    let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, device)).set_requires_grad(true);
+    (zeros(&[output, input]), zeros(&[output]))
 }

@@ -7,7 +7,7 @@ use sgcl::collective::Solo;
 use sgcl::draws::{HardRanks, negatives};
 use sgcl::kmeans::{KMeans, cluster, joint_labels};
 use sgcl::neighbours::Lattice;
-use sgcl::objective::{HardKey, Negatives, Params, ParamsError, Pool, StepInputs, step};
+use sgcl::objective::{HardKey, Inter, Negatives, Params, ParamsError, Pool, StepInputs, step};
 use sgcl::optim::Sgd;
 use sgcl::schedule::{cosine, rampup};
 use std::collections::BTreeSet;
@@ -312,7 +312,7 @@ fn methods_without_an_inter_term_are_instance_discrimination_and_nothing_else(#[
             inter_weight: 1.0,
         },
         &banks,
-        &Params { inter: false, inner, negatives: k as i64, ..Params::default() },
+        &Params { inter: Inter::None, inner, negatives: k as i64, ..Params::default() },
         &Solo,
     )
     .unwrap();

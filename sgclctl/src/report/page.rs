@@ -245,6 +245,9 @@ fn charts(facts: &Facts) -> Vec<Drawn> {
                 line("intra", "loss/intra", "c2"),
                 line("inter", "loss/inter", "c3"),
                 line("inner", "loss/inner", "c4"),
+                // Of methods without the two above.
+                line("spatial", "loss/spatial", "c3"),
+                line("semantic", "loss/semantic", "c4"),
             ],
         ),
         chart("Throughput", "patches per second, all ranks", true, vec![line("patches/s", "samples_per_second", "c3")]),

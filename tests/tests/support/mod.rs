@@ -71,6 +71,12 @@ fn texture(slide: u64, x: i32, y: i32, grain: usize) -> Vec<u8> {
 
 /// A configuration that trains in seconds.
 pub fn config(overrides: &[&str]) -> RunConfig {
+    let overrides: Vec<String> = overrides.iter().map(|s| (*s).to_owned()).collect();
+    small(None, &overrides)
+}
+
+/// The same of a configuration file.
+pub fn small(file: Option<&std::path::Path>, overrides: &[String]) -> RunConfig {
     let base = [
         "epochs=2",
         "views.global_px=32",
@@ -86,8 +92,8 @@ pub fn config(overrides: &[&str]) -> RunConfig {
         "step_timeout_s=60",
         "max_restarts=0",
     ];
-    let sets: Vec<String> = base.iter().chain(overrides).map(|s| (*s).to_owned()).collect();
-    RunConfig::load(None, &sets).unwrap()
+    let sets: Vec<String> = base.iter().map(|s| (*s).to_owned()).chain(overrides.iter().cloned()).collect();
+    RunConfig::load(file, &sets).unwrap()
 }
 
 /// The program under test, built beside this test.

@@ -101,7 +101,7 @@ pub(crate) fn main(runtime: &Handle, args: &BareArgs, out: &mut impl Write) -> R
             step: at as u64,
             total: at as u64,
             lr,
-            inter_weight: schedule::rampup(0.0),
+            inter_weight: setup::inter_weight(config, 0),
             rows,
             lanes_per_rank: accumulate,
         };

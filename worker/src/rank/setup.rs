@@ -10,8 +10,9 @@ use sgcl::collective::Solo;
 use sgcl::draws::HardRanks;
 use sgcl::model::Model;
 use sgcl::neighbours::Lattice;
-use sgcl::objective::{Candidates, HardBy, Params, Variant};
+use sgcl::objective::{Candidates, HardBy, Inter, Params, Variant};
 use sgcl::optim::Sgd;
+use sgcl::schedule;
 use sgcl::weights;
 use sgcl_c10d::{Buckets, Interface, ProcessGroup, Reducer, Store as Rendezvous};
 use sgcl_patchset::{CacheOptions, PatchSet, Store, Subset};
@@ -157,7 +158,12 @@ fn learner(spec: &Spec, set: &PatchSet, subset: &Subset, device: Device) -> Resu
     let params = params(config)?;
     params.check(n)?;
     let arch: sgcl::backbone::Arch = config.backbone.arch.name().parse()?;
-    let model = Model::new(arch, i64::try_from(config.projector.dim)?, device);
+    let dim = i64::try_from(config.projector.dim)?;
+    let model = if config.projector.layers == 1 {
+        Model::with_linear_projector(arch, dim, device)
+    } else {
+        Model::new(arch, dim, device)
+    };
     let sgd = Sgd::new(model.parameters(), config.optimizer.momentum, config.optimizer.weight_decay);
     let index = set.index();
     let rows = subset.rows();
@@ -203,6 +209,11 @@ pub(crate) fn draws(config: &RunConfig, params: &Params, n: i64, world: usize) -
     Ok(Draws { seed: config.seed, hard_ranks, candidates })
 }
 
+/// Weight of the terms that neighbours make, in an epoch.
+pub(crate) fn inter_weight(config: &RunConfig, epoch: u64) -> f64 {
+    if config.method.ramps_up() { schedule::rampup(epoch as f64) } else { 1.0 }
+}
+
 /// Gradients averaged over the ring while backward runs.
 pub(crate) fn reducer(model: &Model, ring: &ProcessGroup) -> Result<Reducer> {
     let tensors: Vec<Tensor> = model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
@@ -218,7 +229,7 @@ fn layout(config: &RunConfig, n: i64, backbone: i64, device: Device) -> Result<L
     let dim = i64::try_from(config.projector.dim)?;
     let widths = Widths {
         dim,
-        backbone: if config.method.has_inter() { backbone } else { 0 },
+        backbone: if config.method.has_hard() { backbone } else { 0 },
         local: if config.method.has_local_views() { dim } else { 0 },
     };
     Ok(Layout { n, widths, runs: i64::try_from(config.kmeans.runs)?, dtype, device })
@@ -231,7 +242,13 @@ fn params(config: &RunConfig) -> Result<Params> {
             config::Variant::Exact => Variant::Exact,
             config::Variant::Released => Variant::Released,
         },
-        inter: config.method.has_inter(),
+        intra: config.method.terms().contains(&"intra"),
+        inter: match config.method {
+            config::Method::Sgcl => Inter::United,
+            config::Method::LocalAggregation => Inter::Aggregated,
+            config::Method::Sslp => Inter::Apart,
+            config::Method::Npid | config::Method::NpidMcrop => Inter::None,
+        },
         inner: config.method.has_local_views(),
         radius: objective.radius,
         auxiliary: i64::try_from(objective.aux)?,

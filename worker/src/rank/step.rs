@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 use super::loader::LaneBatch;
 
 /// Losses of a step, in the order that results list them.
-pub(crate) const LOSSES: [&str; 4] = ["intra", "inter", "inner", "total"];
+pub(crate) const LOSSES: [&str; 6] = ["intra", "inter", "spatial", "semantic", "inner", "total"];
 
 /// What is trained, and what a step needs besides.
 pub(crate) struct Learner {
@@ -92,7 +92,7 @@ pub(crate) struct Asked {
 /// What all ranks know after a step.
 pub(crate) struct StepResult {
     /// Means over the step's anchors, in the order of [`LOSSES`].
-    pub(crate) losses: [f64; 4],
+    pub(crate) losses: [f64; LOSSES.len()],
     /// Length of the step's gradient over all parameters.
     pub(crate) gradient: f64,
     pub(crate) asked: Asked,
@@ -196,7 +196,7 @@ impl Learner {
         let parameters: Vec<Tensor> = self.model.parameters().into_iter().map(|(_, parameter)| parameter).collect();
         sgcl_c10d::zero_grad(&parameters);
         let mut stats = initial.zeros_like();
-        let mut losses = Tensor::zeros([4], (Kind::Float, self.device));
+        let mut losses = Tensor::zeros([LOSSES.len() as i64], (Kind::Float, self.device));
         let mut features = Vec::new();
         for (offset, batch) in batches.into_iter().enumerate() {
             // Where lanes are accumulated the last one's backward reduces what all of them left in the gradients.
@@ -213,7 +213,8 @@ impl Learner {
             } else {
                 // The reducer averages over ranks; a lane counts by its anchors.
                 sgcl_c10d::backward(&(&loss.total * (share * ring.world() as f64)))?;
-                let values = [&loss.intra, &loss.inter, &loss.inner, &loss.total].map(Tensor::detach);
+                let StepOutput { intra, inter, spatial, semantic, inner, total, .. } = &loss;
+                let values = [intra, inter, spatial, semantic, inner, total].map(Tensor::detach);
                 losses += Tensor::stack(&values, 0) * share;
                 stats += self.model.backbone.bn_stats() * share;
                 self.model.backbone.set_bn_stats(initial);
@@ -254,10 +255,10 @@ impl Learner {
             .collect::<Result<Vec<_>>>()?;
         let Draws { seed, hard_ranks, candidates } = &self.draws;
         let (epoch, step) = (plan.epoch, plan.step);
-        let k = usize::try_from(self.params.negatives)?;
+        let k = if self.params.draws() { usize::try_from(self.params.negatives)? } else { 0 };
         // Drawn for the step, whatever its lanes: the law that each query sees is the same.
         let negatives = draws::negatives(*seed, epoch, step, 0, k, self.held.banks.len());
-        let ranks = if self.params.inter { hard_ranks.draw(*seed, epoch, step, 0) } else { Vec::new() };
+        let ranks = if self.params.ranks() { hard_ranks.draw(*seed, epoch, step, 0) } else { Vec::new() };
         Ok(objective::step(
             &StepInputs {
                 q: &output.q,
@@ -293,10 +294,11 @@ impl Learner {
         ring.all_reduce_sum(&mut shared)?;
         let width = stats.size()[0];
         self.model.backbone.set_bn_stats(&shared.narrow(0, 0, width));
-        let tail: Vec<f32> = Vec::try_from(shared.narrow(0, width, 8).to_device(Device::Cpu))?;
-        let losses = [0, 1, 2, 3].map(|at| f64::from(tail[at]));
-        let gradient = f64::from(tail[4]);
-        let [stop, pause, commit] = [5, 6, 7].map(|at| tail[at] > 0.0);
+        let tail = shared.narrow(0, width, shared.size()[0] - width).to_device(Device::Cpu);
+        let tail: Vec<f32> = Vec::try_from(tail)?;
+        let losses = std::array::from_fn(|at| f64::from(tail[at]));
+        let gradient = f64::from(tail[LOSSES.len()]);
+        let [stop, pause, commit] = [1, 2, 3].map(|at| tail[LOSSES.len() + at] > 0.0);
         Ok(StepResult { losses, gradient, asked: Asked { stop, pause, commit } })
     }
 }

@@ -25,6 +25,7 @@ use super::checkpoint;
 use super::loader::{EpochLoad, LaneBatch, Loader};
 use super::metrics::Metrics;
 use super::reunite::{bitmap_bytes, bitmap_of};
+use super::setup;
 use super::step::{Asked, LOSSES, Learner, StepPlan, StepResult};
 use super::tensors::to_stored;
 use super::wait::{LOOK, Wait};
@@ -314,7 +315,7 @@ impl Trainer {
             },
         )?;
         let lr = schedule::cosine(config.base_lr(world), epoch, u64::from(config.epochs));
-        let inter_weight = schedule::rampup(epoch as f64);
+        let inter_weight = setup::inter_weight(&config, epoch);
         let steps = self.position.epoch_step + (plan.steps() - self.position.cursor) as u64;
         let mut since_commit = Instant::now();
         while self.position.cursor < plan.steps() {
@@ -372,14 +373,13 @@ impl Trainer {
 
     /// Metrics to the bucket (rank 0) and a sign of life to the coordinator (every rank).
     fn record(&self, session: &Session, result: &StepResult, lr: f64, pace: f64, steps: u64) -> Result<()> {
-        let mut values: BTreeMap<String, f64> =
-            LOSSES.iter().zip(result.losses).map(|(name, loss)| (format!("loss/{name}"), loss)).collect();
-        let method = self.spec.config.method;
-        values.retain(|name, _| match name.as_str() {
-            "loss/inter" => method.has_inter(),
-            "loss/inner" => method.has_local_views(),
-            _ => true,
-        });
+        let terms = self.spec.config.method.terms();
+        let mut values: BTreeMap<String, f64> = LOSSES
+            .iter()
+            .zip(result.losses)
+            .filter(|(name, _)| **name == "total" || terms.contains(name))
+            .map(|(name, loss)| (format!("loss/{name}"), loss))
+            .collect();
         values.insert("lr".into(), lr);
         values.insert("gradient/norm".into(), result.gradient);
         if let Some(spread) = self.spread {

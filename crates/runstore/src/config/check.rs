@@ -1,6 +1,6 @@
 //! What a configuration must satisfy: in itself, against a patch set, and for its split of slides.
 
-use super::{ConfigError, Data, RunConfig};
+use super::{ConfigError, Data, RunConfig, Variant};
 
 impl RunConfig {
     /// Every value in its range.
@@ -21,6 +21,10 @@ impl RunConfig {
             (1..=4096).contains(&self.projector.dim),
             format!("projector.dim {} is not in 1..=4096", self.projector.dim),
         );
+        need(
+            (1..=2).contains(&self.projector.layers),
+            format!("projector.layers {} is not 1 or 2", self.projector.layers),
+        );
         for (key, px) in [("global_px", self.views.global_px), ("local_px", self.views.local_px)] {
             need((32..=1024).contains(&px), format!("views.{key} {px} is not in 32..=1024"));
         }
@@ -40,6 +44,10 @@ impl RunConfig {
         need(
             o.weight_decay.is_finite() && o.weight_decay >= 0.0,
             format!("optimizer.weight_decay {} is below 0", o.weight_decay),
+        );
+        need(
+            self.variant == Variant::Exact || self.method.has_released(),
+            "variant: released repeats SGCL's published code; this method has variant: exact alone".into(),
         );
         let j = &self.objective;
         need(
@@ -108,21 +116,14 @@ impl RunConfig {
                 self.batch.per_rank, self.batch.accumulate
             ));
         }
-        if !self.method.has_inter() {
-            // Nothing is ranked or clustered.
-            return if problems.is_empty() {
-                Ok(())
-            } else {
-                Err(ConfigError::DoesNotFit { patches, ranks, problems })
-            };
-        }
-        if j.hard as u64 > ranked {
+        let (inter, hard) = (self.method.has_inter(), self.method.has_hard());
+        if hard && j.hard as u64 > ranked {
             problems.push(format!(
                 "objective.hard {} is above objective.top_fraction {} × {patches} = {ranked}: set objective.hard to {ranked} or less",
                 j.hard, j.top_fraction
             ));
         }
-        if let Some(rows) = j.sample(patches, ranks) {
+        if let (Some(rows), true) = (j.sample(patches, ranks), hard) {
             let ranked = (j.top_fraction * rows as f64) as usize;
             if j.hard > ranked {
                 problems.push(format!(
@@ -132,14 +133,14 @@ impl RunConfig {
                 ));
             }
         }
-        if j.nearest as u64 >= patches {
+        if inter && j.nearest as u64 >= patches {
             problems.push(format!(
                 "objective.nearest {} is not below the {patches} patches: set it to {} or less",
                 j.nearest,
                 patches.saturating_sub(1)
             ));
         }
-        if self.kmeans.clusters as u64 > patches {
+        if inter && self.kmeans.clusters as u64 > patches {
             problems.push(format!("kmeans.clusters {} is above the {patches} patches", self.kmeans.clusters));
         }
         if problems.is_empty() { Ok(()) } else { Err(ConfigError::DoesNotFit { patches, ranks, problems }) }

@@ -12,6 +12,23 @@ pub enum Variant {
     Released,
 }
 
+/// How neighbours enter the loss. Sums are over e^{s/T}, T = `t_spatial`; anchors that have no positives are left out of the mean.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Inter {
+    /// Not at all: nothing is ranked, and k-means is not needed.
+    None,
+    /// SGCL: −log P/(P + H), P spatial ∪ semantic positives, H hard negatives.
+    #[default]
+    United,
+    /// Local aggregation: −log (C ∩ B)/B. B, the background, are the `nearest` bank rows of the anchor; C are the rows that share
+    /// its labels in every k-means run. Its own row is a row like any other: in C always, in B where it is near enough.
+    Aggregated,
+    /// SSLP: spatial −log S/(S + H) and semantic −log Σ_{j∈M} s_j/(s_j + H), s_j = e^{s/T} of a semantic positive, each with its own mean.
+    /// Spatial positives S, semantic ones M and hard negatives H are SGCL's; a row in both S and M counts in both. The own row is
+    /// told from the hard negatives too, instead of random ones.
+    Apart,
+}
+
 /// How hard negatives are found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HardBy {
@@ -29,8 +46,10 @@ pub enum HardBy {
 pub struct Params {
     /// Which loss.
     pub variant: Variant,
-    /// Whether the inter term is part of the loss; without it nothing is ranked, and k-means is not needed.
-    pub inter: bool,
+    /// Whether the intra term is part of the loss: the own row against random rows, or hard negatives ([`Inter::Apart`]).
+    pub intra: bool,
+    /// How neighbours are.
+    pub inter: Inter,
     /// Whether the inner term is, which takes local views.
     pub inner: bool,
     /// Radius of spatial positives, grid units, strict.
@@ -64,7 +83,8 @@ impl Default for Params {
     fn default() -> Self {
         Self {
             variant: Variant::Exact,
-            inter: true,
+            intra: true,
+            inter: Inter::United,
             inner: true,
             radius: 3.0,
             auxiliary: 1,
@@ -126,6 +146,9 @@ pub enum ParamsError {
         "negatives: {0} is no positive multiple of 4 (a local view takes a quarter from each corner); set such a number"
     )]
     Negatives(i64),
+    /// A form that only SGCL's loss has.
+    #[error("the released variant repeats SGCL's published code; {0:?} neighbours have the exact one alone")]
+    Released(Inter),
     /// A number outside its range.
     #[error("{name}: {value} is outside {range}")]
     Range {
@@ -139,6 +162,18 @@ pub enum ParamsError {
 }
 
 impl Params {
+    /// Whether random negatives are drawn.
+    #[must_use]
+    pub fn draws(&self) -> bool {
+        self.intra && self.inter != Inter::Apart || self.inner
+    }
+
+    /// Whether hard negatives are, which takes a backbone bank.
+    #[must_use]
+    pub fn ranks(&self) -> bool {
+        matches!(self.inter, Inter::United | Inter::Apart)
+    }
+
     /// What similarities and sums are computed in.
     pub(super) fn kind(&self) -> Kind {
         if self.double { Kind::Double } else { Kind::Float }
@@ -167,14 +202,17 @@ impl Params {
                 return Err(ParamsError::Range { name, value, range });
             }
         }
-        if self.negatives < 4 || self.negatives % 4 != 0 {
+        if self.draws() && (self.negatives < 4 || self.negatives % 4 != 0) {
             return Err(ParamsError::Negatives(self.negatives));
         }
-        if !self.inter {
+        if self.inter == Inter::None {
             return Ok(());
         }
+        if self.variant == Variant::Released && self.inter != Inter::United {
+            return Err(ParamsError::Released(self.inter));
+        }
         let top = self.top(n);
-        if self.hard < 1 || self.hard > top {
+        if self.ranks() && (self.hard < 1 || self.hard > top) {
             return Err(ParamsError::Hard { hard: self.hard, top_fraction: self.top_fraction, n, top });
         }
         if self.nearest < 1 || self.nearest >= n {

@@ -81,8 +81,7 @@ pub(super) fn find(batch: &Batch, inputs: &StepInputs<'_>, cx: &Context<'_>) -> 
     // What owners know of anchors and auxiliary anchors.
     let owners = Tensor::cat(&[batch.ids.unsqueeze(1), auxiliary], 1);
     let (slots, owned) = cx.owned(&owners);
-    let mut labels = inputs.clusters.take(&slots) * &owned;
-    cx.ring.all_reduce_sum(&mut labels)?;
+    let labels = labels_of(&slots, &owned, inputs, cx)?;
     let auxiliaries = |t: &Tensor| t.narrow(1, 1, p.auxiliary).contiguous();
     let mut features = cx.banks.at(Bank::Global, &auxiliaries(&slots)) * auxiliaries(&owned).unsqueeze(2);
     if p.auxiliary > 0 {
@@ -114,8 +113,20 @@ pub(super) fn find(batch: &Batch, inputs: &StepInputs<'_>, cx: &Context<'_>) -> 
     Ok(Positives { spatial, semantic, union, weight })
 }
 
+/// Labels of rows in `slots` where they are `owned` here, from those who own the others: of equal shape.
+pub(super) fn labels_of(
+    slots: &Tensor,
+    owned: &Tensor,
+    inputs: &StepInputs<'_>,
+    cx: &Context<'_>,
+) -> Result<Tensor, StepError> {
+    let mut labels = inputs.clusters.take(slots) * owned;
+    cx.ring.all_reduce_sum(&mut labels)?;
+    Ok(labels)
+}
+
 /// Every row once, with the rows it stands for: a spatial neighbour for itself, a row of a sample for N/M.
-fn unite(spatial: &RowLists, semantic: &RowLists, cx: &Context<'_>) -> (RowLists, Tensor) {
+pub(super) fn unite(spatial: &RowLists, semantic: &RowLists, cx: &Context<'_>) -> (RowLists, Tensor) {
     let rows = Tensor::cat(&[&spatial.rows, &semantic.rows], 1);
     let valid = Tensor::cat(&[&spatial.valid, &semantic.valid], 1);
     // Sorted, a row's entries are neighbours, the spatial one first; what does not count goes to the end.
@@ -136,7 +147,7 @@ fn unite(spatial: &RowLists, semantic: &RowLists, cx: &Context<'_>) -> (RowLists
 
 /// This rank's candidates among the `k` of all ranks that score highest: (B, c) places and which count. Every rank sends its best
 /// scores; the k-th of all is the threshold.
-fn nearest(scores: &Tensor, k: i64, cx: &Context<'_>) -> Result<(Tensor, Tensor), StepError> {
+pub(super) fn nearest(scores: &Tensor, k: i64, cx: &Context<'_>) -> Result<(Tensor, Tensor), StepError> {
     let (world, here) = (cx.ring.world() as i64, scores.size()[1]);
     if world == 1 {
         let places = scores.topk(k, 1, true, false).1;

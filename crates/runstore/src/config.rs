@@ -58,6 +58,18 @@ impl Method {
         matches!(self, Self::Sgcl | Self::NpidMcrop)
     }
 
+    /// What a reader knows it by.
+    #[must_use]
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Sgcl => "spatially guided contrastive learning (SGCL)",
+            Self::Npid => "instance discrimination (NPID)",
+            Self::NpidMcrop => "instance discrimination with local views (NPID)",
+            Self::LocalAggregation => "local aggregation",
+            Self::Sslp => "spatially guided self-supervised learning (SSLP)",
+        }
+    }
+
     /// Terms of the loss, as metrics name them (`loss/intra`).
     #[must_use]
     pub fn terms(self) -> &'static [&'static str] {

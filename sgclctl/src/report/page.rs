@@ -146,8 +146,9 @@ fn lead(facts: &Facts) -> String {
     let world = facts.commit.map_or(facts.spec.nodes * facts.spec.ranks_per_node, |(_, world)| world);
     let variant = serde_json::to_value(config.variant).unwrap_or_default();
     format!(
-        "{} pretrained with SGCL ({}) on {world} rank{}, {} patches a step, seed {}",
+        "{} pretrained by {}, variant {}, on {world} rank{}, {} patches a step, seed {}",
         config.backbone.arch.name(),
+        config.method.title(),
         variant.as_str().unwrap_or("?"),
         if world == 1 { "" } else { "s" },
         config.global_batch(world as usize),

@@ -45,9 +45,9 @@ pub(super) fn readme(config: &RunConfig, from: &Provenance) -> String {
 library_name: timm
 tags: [image-feature-extraction, pathology, self-supervised]
 ---
-# {arch}, pretrained with SGCL
+# {arch}, pretrained without labels
 
-A {arch} encoder for histopathology patches, trained without labels by spatially guided contrastive learning (variant `{variant}`).
+A {arch} encoder for histopathology patches, trained by {method} (variant `{variant}`).
 
 | | |
 |---|---|
@@ -95,6 +95,7 @@ INPUT:
 
 `export.json` has the SHA-256 of every file.
 "#,
+        method = config.method.title(),
         run = from.run,
         commit = from.commit,
         write_id = from.commit_write_id,

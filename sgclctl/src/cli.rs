@@ -1,6 +1,7 @@
 //! The command line as typed. Each command's file turns its arguments into what it needs.
 
 pub(crate) mod cluster;
+pub(crate) mod embed;
 
 use std::path::PathBuf;
 
@@ -69,6 +70,8 @@ pub(crate) enum Command {
     Pull(PullArgs),
     /// Probe weights on a labelled patch set: k nearest neighbours and a linear classifier
     Eval(EvalArgs),
+    /// Write features of slides for slide-level models, in the layouts of TRIDENT and CLAM
+    Embed(embed::EmbedArgs),
     /// Write a run's report: one HTML file with curves, slides, neighbours and probes
     Report(ReportArgs),
     /// Show or check a run configuration
@@ -96,6 +99,8 @@ Examples:
   sgclctl ingest slides --to s3://lab/patches --mpp 0.25 --patch-px 512
   sgclctl ingest old.svs --to patches --level 0                 (a slide that does not say its resolution)
   sgclctl ingest NCT-CRC-HE-100K --to patches --patch-px 224    (class folders of images)
+  sgclctl ingest tumor normal lesion_annotations --to patches   (Camelyon16: slides, and polygons of ASAP)
+  sgclctl ingest slides 20x_256px_0px_overlap/patches --to patches    (places of TRIDENT's or CLAM's .h5 instead of tissue detection)
 
 Folders may hold slides, tiles as <class>/<slide>/<slide>_<x>_<y>_<level>.png, or images as <class>/<image>. Label maps beside a slide
 (<slide>.labels.png and .json) label its patches. The same call again goes on after an interruption.";
@@ -130,6 +135,9 @@ pub(crate) struct IngestArgs {
     /// Share of a tile that its class must cover
     #[arg(long, default_value_t = 0.6, value_name = "SHARE")]
     pub(crate) label_min: f64,
+    /// Share of a tile that annotated tumour must cover (Camelyon16's .xml)
+    #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
+    pub(crate) tumor_min: f64,
     /// Folder for pictures of the slides with kept and dropped tiles drawn on them
     #[arg(long, value_name = "DIR")]
     pub(crate) preview: Option<PathBuf>,

@@ -7,6 +7,7 @@ use sgcl_patchset::ingest::IngestError;
 use sgcl_patchset::{IndexError, ManifestError, OpenError, ReadError, StoreError, WriteError};
 use sgcl_phantom::PhantomError;
 use sgcl_runstore::export::ExportError;
+use sgcl_runstore::features::FeaturesError;
 use sgcl_runstore::{ConfigError, RunStoreError};
 
 use crate::exit::Exit;
@@ -101,6 +102,14 @@ fn known(cause: &(dyn StdError + 'static)) -> Option<Known> {
             ExportError::Occupied { .. } => (Exit::CannotCreate, None),
             ExportError::Io { source, .. } => io(source.kind()),
             _ => (Exit::Data, None),
+        });
+    }
+    if let Some(e) = cause.downcast_ref::<FeaturesError>() {
+        return Some(match e {
+            FeaturesError::Settings { .. } => (Exit::CannotCreate, None),
+            FeaturesError::Store(e) => store(e),
+            FeaturesError::Record(e) => run_store(e),
+            _ => (Exit::Failed, None),
         });
     }
     if let Some(e) = cause.downcast_ref::<OpenError>() {

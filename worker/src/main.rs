@@ -1,6 +1,8 @@
-//! `sgcl-worker`: what runs on a node. `node` supervises and calls no torch, `rank` trains, `eval` probes frozen features.
+//! `sgcl-worker`: what runs on a node. `node` supervises and calls no torch, `rank` trains, `eval` probes frozen features,
+//! `embed` writes features of slides.
 
 mod dial;
+mod embed;
 mod eval;
 mod rank;
 mod session;
@@ -30,6 +32,8 @@ enum Command {
     Rank(rank::RankArgs),
     /// Probe frozen features of a labelled patch set; JSON lines on standard output
     Eval(eval::EvalArgs),
+    /// Write features of slides in TRIDENT's and CLAM's layouts; JSON lines on standard output
+    Embed(embed::EmbedArgs),
     /// Train as one rank of a world without coordinator, metrics and commits; seconds of each step's end on standard output
     #[command(hide = true)]
     Bare(rank::bare::BareArgs),
@@ -48,7 +52,7 @@ fn main() -> ExitCode {
         Err(error) => {
             // Standard error is gone: nobody is left to tell.
             let _ = writeln!(std::io::stderr(), "error: {error:#}");
-            ExitCode::from(rank::exit_code(&error))
+            ExitCode::from(embed::exit_code(&error).unwrap_or_else(|| rank::exit_code(&error)))
         }
     }
 }
@@ -66,6 +70,13 @@ fn run(command: Command) -> Result<ExitCode> {
             let mut out = std::io::stdout().lock();
             eval::main(runtime.handle(), &args, |line| {
                 // The reader is gone: the work is for nobody, but harmless.
+                let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+            })?;
+            Ok(ExitCode::from(exit::DONE))
+        }
+        Command::Embed(args) => {
+            let mut out = std::io::stdout().lock();
+            embed::main(runtime.handle(), &args, |line| {
                 let _ = writeln!(out, "{line}").and_then(|()| out.flush());
             })?;
             Ok(ExitCode::from(exit::DONE))

@@ -4,6 +4,8 @@
 //! |---|---|---|
 //! | slide | OpenSlide opens it | `<name>.labels.png` and `.labels.json` beside it |
 //! | plain image (PNG, JPEG, TIFF, BMP) | its content | likewise |
+//! | slides of Camelyon16 | `<name>.xml` of ASAP among the sources | its polygons; `normal_*` has none |
+//! | coordinates of CLAM or TRIDENT | `<name>.h5`, `<name>_patches.h5` among the sources, with the slides | as the slide has them |
 //! | folder of tiles | `<class>/<slide>/<slide>_<x>_<y>_<level>.png`, x and y counting tiles | the class's folder |
 //! | class folders, as NCT-CRC's | `<class>/<image>` | the class's folder |
 //!
@@ -14,10 +16,13 @@
 //! A slide that cannot be read is skipped and named in the report; the set holds the others. A finished slide is not read again
 //! when the same call is repeated after an interruption.
 
+mod coords;
 mod discover;
 mod labels;
 mod pixels;
+mod polygons;
 mod preview;
+pub mod slides;
 mod tiles;
 mod tissue;
 mod whole;
@@ -26,7 +31,9 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use crate::index::{INDEX, Index};
 use crate::manifest::{Manifest, SlideEntry};
+use crate::split::{self, SPLIT};
 use crate::store::Store;
 use crate::writer::{Opened, PatchSetWriter, WriteError, WriterOptions};
 
@@ -59,6 +66,8 @@ pub struct IngestOptions {
     pub tissue_min: f64,
     /// Share of a tile that its class must cover.
     pub label_min: f64,
+    /// Share of a tile that annotated tumour must cover.
+    pub tumor_min: f64,
     /// Seed of the order of slides and patches.
     pub seed: u64,
     /// Folder for pictures of slides with kept and dropped tiles drawn on them.
@@ -76,6 +85,7 @@ impl Default for IngestOptions {
             quality: 90,
             tissue_min: 0.5,
             label_min: 0.6,
+            tumor_min: 0.5,
             seed: 0,
             previews: None,
             dry_run: false,
@@ -240,9 +250,12 @@ pub async fn ingest(
     let writer = if options.dry_run {
         None
     } else {
-        match PatchSetWriter::open(dest.clone(), writer_options(options)).await? {
+        match PatchSetWriter::open(dest.clone(), writer_options(options, units.iter().any(Unit::is_annotated))).await? {
             Opened::Writer(writer) => Some(writer),
-            Opened::Complete(manifest) => return Ok(complete(*manifest, &units)),
+            Opened::Complete(manifest) => {
+                write_split(dest, &manifest, options.seed).await?;
+                return Ok(complete(*manifest, &units));
+            }
         }
     };
     let slides = units.len();
@@ -284,9 +297,24 @@ pub async fn ingest(
     }
     if let Some(writer) = writer {
         let manifest = writer.finish(move |patches, of| listener(Progress::Deal { patches, of })).await?;
+        write_split(dest, &manifest, options.seed).await?;
         report.manifest = Some(manifest);
     }
     Ok(report)
+}
+
+/// Writes `split.json` where the set has labels and the file is not there.
+async fn write_split(dest: &Store, manifest: &Manifest, seed: u64) -> Result<(), IngestError> {
+    if manifest.classes.is_empty() || dest.exists(SPLIT).await.map_err(WriteError::from)? {
+        return Ok(());
+    }
+    let index = Index::load(dest, manifest)
+        .await
+        .map_err(|e| IngestError::Source { path: dest.object(INDEX), reason: e.to_string() })?;
+    if let Some(file) = split::file(manifest, &index, seed) {
+        dest.put(SPLIT, file).await.map_err(WriteError::from)?;
+    }
+    Ok(())
 }
 
 /// Reads one slide on a thread that may block, then stages it. Names the files of it that are damaged.
@@ -326,8 +354,8 @@ fn check(options: &IngestOptions) -> Result<(), IngestError> {
     if !(1..=100).contains(&options.quality) {
         return wrong(format!("--quality {} is not in 1..=100", options.quality));
     }
-    if !share(options.tissue_min) || !share(options.label_min) {
-        return wrong("--tissue-min and --label-min are shares, 0 to 1".into());
+    if !share(options.tissue_min) || !share(options.label_min) || !share(options.tumor_min) {
+        return wrong("--tissue-min, --label-min and --tumor-min are shares, 0 to 1".into());
     }
     match (options.scale, options.assume_mpp) {
         (Scale::Mpp(mpp), _) if !positive(mpp) => wrong(format!("--mpp {mpp} must be above 0")),
@@ -336,7 +364,7 @@ fn check(options: &IngestOptions) -> Result<(), IngestError> {
     }
 }
 
-fn writer_options(options: &IngestOptions) -> WriterOptions {
+fn writer_options(options: &IngestOptions, annotated: bool) -> WriterOptions {
     let mut writer = WriterOptions::new(options.patch_px, options.quality, options.seed);
     let mut set = |name: &str, value: serde_json::Value| drop(writer.settings.insert(name.into(), value));
     match options.scale {
@@ -346,6 +374,10 @@ fn writer_options(options: &IngestOptions) -> WriterOptions {
     set("assume_mpp", options.assume_mpp.into());
     set("tissue_min", options.tissue_min.into());
     set("label_min", options.label_min.into());
+    // Only where it says anything, so that sets made before there were annotations go on as they were begun.
+    if annotated {
+        set("tumor_min", options.tumor_min.into());
+    }
     writer
 }
 

@@ -32,4 +32,4 @@ pub use reader::{ReadError, ShardReader};
 pub use set::{NoSuchSlide, OpenError, PatchSet, Subset};
 pub use split::{Split, SplitError, split};
 pub use store::{Created, Listed, Store, StoreError, faults};
-pub use writer::{Opened, PatchSetWriter, SlideInfo, SlideWriter, WriteError, WriterOptions};
+pub use writer::{Opened, PatchSetWriter, SlideInfo, SlideWriter, WriteError, WriterOptions, object_name};

@@ -7,6 +7,7 @@
 //! <url>/index.parquet        one row a patch, see [`crate::index`]
 //! <url>/shards/00000.tar     WebDataset: <id>.jpg and <id>.json (slide, x, y, label) for each patch
 //! <url>/previews/<slide>.jpg the slide with kept and dropped tiles drawn on it, where ingest made one
+//! <url>/split.json           slides to learn from and to test on, of a labelled set, see [`crate::split`]
 //! <url>/staging/…            only while ingest is under way
 //! ```
 //!
@@ -80,6 +81,9 @@ pub struct SlideEntry {
     pub level: u32,
     /// Microns per pixel of the patches, where known.
     pub mpp: Option<f64>,
+    /// Pixels of the slide's level 0 for one of a patch; not known of tiles, and of sets made before it was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downsample: Option<f64>,
     /// Width of the slide in pixels at the patches' magnification.
     pub width: u64,
     /// Height of the slide in pixels at the patches' magnification.
@@ -235,6 +239,9 @@ impl Manifest {
         let mut next = 0_u64;
         let mut names = std::collections::HashSet::with_capacity(self.slides.len());
         for slide in &self.slides {
+            if slide.downsample.is_some_and(|downsample| !(downsample.is_finite() && downsample > 0.0)) {
+                return Err(format!("slide {:?}: a downsample is above 0", slide.name));
+            }
             if !names.insert(slide.name.as_str()) {
                 return Err(format!("slide {:?} is listed twice", slide.name));
             }
@@ -297,6 +304,7 @@ mod tests {
             fingerprint: "9 bytes".to_owned(),
             level: 0,
             mpp: Some(0.5),
+            downsample: Some(2.0),
             width: 512,
             height: 512,
             grid: [2, 2],

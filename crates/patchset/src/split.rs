@@ -1,6 +1,7 @@
 //! Slides for training and slides for testing: never patches of one slide on both sides.
 
 use rand::seq::SliceRandom;
+use serde::Serialize;
 use sgcl_draw::{Purpose, rng};
 
 use crate::index::Index;
@@ -15,6 +16,47 @@ pub struct Split {
     pub test: Vec<u32>,
     /// Classes that only one side has, by index: too few slides show them.
     pub one_sided: Vec<u16>,
+}
+
+/// `split.json` beside a labelled set: which slides to learn from and which to test on, so that whoever uses the set elsewhere compares
+/// like with like. It is the split that `sgclctl eval` draws with the same seed.
+pub const SPLIT: &str = "split.json";
+/// Share of slides that it tests on.
+pub const TEST_FRACTION: f64 = 0.3;
+
+#[derive(Serialize)]
+struct SplitFile<'a> {
+    version: u32,
+    /// Content id of the set.
+    data: &'a str,
+    by: &'static str,
+    seed: u64,
+    test_fraction: f64,
+    train: Vec<&'a str>,
+    test: Vec<&'a str>,
+    /// Classes that only one side has.
+    one_sided: Vec<&'a str>,
+}
+
+/// Contents of `split.json`; none for a set without labels or with one slide.
+pub(crate) fn file(manifest: &Manifest, index: &Index, seed: u64) -> Option<Vec<u8>> {
+    if !index.is_labelled() {
+        return None;
+    }
+    let split = split(manifest, index, TEST_FRACTION, seed, 0).ok()?;
+    let names = |side: &[u32]| side.iter().map(|&number| manifest.slides[number as usize].name.as_str()).collect();
+    let file = SplitFile {
+        version: 1,
+        data: &manifest.content_id,
+        // Images without places are dealt into groups that stand for slides.
+        by: if manifest.slides.iter().all(|slide| slide.spatial) { "slide" } else { "slide, or group of images" },
+        seed,
+        test_fraction: TEST_FRACTION,
+        train: names(&split.train),
+        test: names(&split.test),
+        one_sided: split.one_sided.iter().map(|&class| manifest.classes[usize::from(class)].as_str()).collect(),
+    };
+    serde_json::to_vec_pretty(&file).ok()
 }
 
 /// A set that cannot be split.

@@ -273,6 +273,7 @@ impl PatchSetWriter {
             patches: Vec::new(),
             classes: Vec::new(),
             preview: None,
+            downsample: None,
         })
     }
 
@@ -289,6 +290,13 @@ impl PatchSetWriter {
     }
 }
 
+/// A slide's name as the name of an object: safe in any storage, and different for different slides (one that had to be escaped
+/// carries a hash of the original).
+#[must_use]
+pub fn object_name(slide: &str) -> String {
+    staging::file_name(slide)
+}
+
 /// A slide being written: push its patches in any order, then finish it.
 #[derive(Debug)]
 pub struct SlideWriter {
@@ -299,6 +307,7 @@ pub struct SlideWriter {
     patches: Vec<StagedPatch>,
     classes: Vec<String>,
     preview: Option<Bytes>,
+    downsample: Option<f64>,
 }
 
 impl SlideWriter {
@@ -335,6 +344,11 @@ impl SlideWriter {
     /// Sets the preview picture, a JPEG: the slide with kept and dropped tiles drawn on it.
     pub fn preview(&mut self, jpeg: impl Into<Bytes>) {
         self.preview = Some(jpeg.into());
+    }
+
+    /// Says how many pixels of the slide's level 0 there are for one of a patch: what positions on the slide are computed from.
+    pub fn downsample(&mut self, downsample: f64) {
+        self.downsample = Some(downsample);
     }
 
     /// Patches so far.
@@ -380,6 +394,7 @@ impl SlideWriter {
             rows_crc32c: crc32c::crc32c(&rows),
             classes: self.classes,
             preview: self.preview.as_ref().map(|_| format!("previews/{}.jpg", staging::file_name(&name))),
+            downsample: self.downsample,
         };
         if let (Some(preview), Some(path)) = (self.preview, &head.preview) {
             self.shared.store.put(path, preview).await?;

@@ -11,7 +11,7 @@ mod card;
 mod detectron2;
 mod pickle;
 mod pull;
-mod torch;
+pub(crate) mod torch;
 
 use std::collections::HashMap;
 

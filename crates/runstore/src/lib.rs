@@ -11,12 +11,15 @@
 //! | `events/<seq>.json`, `eval/<name>.json` | [`status`] |
 //! | `leases/<epoch>.json` | [`lease`] |
 //! | `orders/<seq>.json` | [`orders`] |
+//!
+//! What an encoder computes for others, features of slides in the layouts of TRIDENT and CLAM, is [`features`].
 
 pub mod checkpoint;
 pub mod commit;
 pub mod config;
 mod error;
 pub mod export;
+pub mod features;
 pub mod lease;
 pub mod ledger;
 pub mod metrics;

@@ -28,6 +28,7 @@ pub(crate) async fn main(args: IngestArgs, out: Out) -> Result<Exit> {
         quality: args.quality,
         tissue_min: args.tissue_min,
         label_min: args.label_min,
+        tumor_min: args.tumor_min,
         seed: args.seed,
         previews: args.preview,
         dry_run: args.dry_run,

@@ -3,6 +3,7 @@
 pub(crate) mod cluster;
 pub(crate) mod config;
 pub(crate) mod describe;
+pub(crate) mod embed;
 pub(crate) mod eval;
 pub(crate) mod ingest;
 pub(crate) mod list;
@@ -46,6 +47,7 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::Verify(args) => verify::main(args, out).await,
         Command::Pull(args) => pull::main(args, out).await,
         Command::Eval(args) => eval::main(args, out).await,
+        Command::Embed(args) => embed::main(args, out).await,
         Command::Report(args) => report::main(args, out).await,
         Command::Config(args) => config::main(args, out).await,
         Command::Completions { shell } => {

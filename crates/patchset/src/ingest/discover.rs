@@ -9,7 +9,7 @@ use sgcl_draw::{Purpose, rng};
 
 use super::tiles::{Tile, Tiles};
 use super::whole::{self, Plan};
-use super::{GROUP, IngestError, IngestOptions, Skipped, SlideError, labels};
+use super::{GROUP, IngestError, IngestOptions, Skipped, SlideError, labels, polygons};
 
 /// Most files of a folder that are looked at.
 const MAX_FILES: usize = 20_000_000;
@@ -25,8 +25,86 @@ pub(crate) struct Unit {
 
 #[derive(Debug)]
 enum Kind {
-    Whole(PathBuf),
+    Whole(Whole),
     Tiles(Tiles),
+}
+
+/// A slide, with what other programs said about it.
+#[derive(Debug)]
+pub(crate) struct Whole {
+    pub(crate) path: PathBuf,
+    /// Where its patches lie: CLAM's or TRIDENT's .h5.
+    pub(crate) places: Given,
+    /// What is on it: ASAP's .xml.
+    pub(crate) annotations: Given,
+}
+
+/// A file about a slide.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Given {
+    /// No slide has one.
+    Nothing,
+    /// This one.
+    File(PathBuf),
+    /// Other slides have one.
+    Missing,
+}
+
+/// Files about slides, by the slides' names.
+#[derive(Default)]
+struct Companions {
+    places: BTreeMap<String, PathBuf>,
+    annotations: BTreeMap<String, PathBuf>,
+}
+
+impl Companions {
+    /// Whether `path` is such a file; then it is kept.
+    fn take(&mut self, path: &Path) -> Result<bool, IngestError> {
+        let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+        let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase()).unwrap_or_default();
+        let (files, name) = match extension.as_str() {
+            "h5" => (&mut self.places, name.strip_suffix("_patches").unwrap_or(&name).to_owned()),
+            "xml" if polygons::is_asap(path) => (&mut self.annotations, name),
+            _ => return Ok(false),
+        };
+        match files.insert(name, path.to_owned()) {
+            None => Ok(true),
+            Some(first) => Err(bad(path, &format!("is about the same slide as {}; give one of them", first.display()))),
+        }
+    }
+
+    /// Gives every slide its files.
+    fn join(mut self, units: &mut [Unit]) -> Result<(), IngestError> {
+        let (placed, annotated) = (!self.places.is_empty(), !self.annotations.is_empty());
+        let given = |files: &mut BTreeMap<String, PathBuf>, name: &str, any: bool| match files.remove(name) {
+            Some(file) => Given::File(file),
+            None if any => Given::Missing,
+            None => Given::Nothing,
+        };
+        for unit in units {
+            let Kind::Whole(whole) = &mut unit.kind else { continue };
+            whole.places = given(&mut self.places, &unit.name, placed);
+            whole.annotations = given(&mut self.annotations, &unit.name, annotated);
+            unit.fingerprint = whole.fingerprint();
+        }
+        match self.places.into_iter().chain(self.annotations).next() {
+            Some((name, file)) => {
+                Err(bad(&file, &format!("is about a slide {name}, which is not among the sources; name it too")))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl Whole {
+    fn fingerprint(&self) -> String {
+        let sidecars = labels::sidecars(&self.path);
+        let given = [&self.places, &self.annotations].into_iter().filter_map(|given| match given {
+            Given::File(file) => Some(file.as_path()),
+            Given::Nothing | Given::Missing => None,
+        });
+        state([self.path.as_path()].into_iter().chain(sidecars.iter().map(PathBuf::as_path)).chain(given))
+    }
 }
 
 impl Unit {
@@ -40,6 +118,16 @@ impl Unit {
         })
     }
 
+    /// Whether somebody else cut it into tiles.
+    pub(crate) fn is_tiles(&self) -> bool {
+        matches!(self.kind, Kind::Tiles(_))
+    }
+
+    /// Whether annotations label its patches.
+    pub(crate) fn is_annotated(&self) -> bool {
+        matches!(&self.kind, Kind::Whole(Whole { annotations: Given::File(_), .. }))
+    }
+
     fn is_loose(&self) -> bool {
         matches!(self.kind, Kind::Tiles(Tiles { spatial: false, .. }))
     }
@@ -47,7 +135,7 @@ impl Unit {
     /// Opens it and decides what will be read.
     pub(crate) fn plan(self, options: &IngestOptions) -> Result<Plan, SlideError> {
         match self.kind {
-            Kind::Whole(path) => whole::plan(&path, &self.name, self.fingerprint, options),
+            Kind::Whole(whole) => whole::plan(&whole, &self.name, self.fingerprint, options),
             Kind::Tiles(tiles) => tiles.plan(self.name, self.source, self.fingerprint, options),
         }
     }
@@ -55,10 +143,12 @@ impl Unit {
 
 /// Everything under `sources`, each with a name of its own.
 pub(crate) fn discover(sources: &[PathBuf], seed: u64) -> Result<Vec<Unit>, IngestError> {
-    let mut units = Vec::new();
+    let (mut units, mut companions) = (Vec::new(), Companions::default());
     for source in sources {
         if source.is_dir() {
-            folder(source, seed, &mut units)?;
+            folder(source, seed, &mut units, &mut companions)?;
+        } else if source.is_file() && companions.take(source)? {
+            // It goes in with its slide.
         } else if source.is_file() && is_sidecar(source) {
             // `slides/*` names the label maps too; they go in with their slides.
         } else if source.is_file() {
@@ -67,6 +157,7 @@ pub(crate) fn discover(sources: &[PathBuf], seed: u64) -> Result<Vec<Unit>, Inge
             return Err(bad(source, "no such file or folder"));
         }
     }
+    companions.join(&mut units)?;
     if units.is_empty() {
         let given: Vec<String> = sources.iter().map(|s| s.display().to_string()).collect();
         return Err(IngestError::Source { path: given.join(", "), reason: "holds no slide, image or tile".into() });
@@ -82,7 +173,7 @@ pub(crate) fn discover(sources: &[PathBuf], seed: u64) -> Result<Vec<Unit>, Inge
 }
 
 /// A folder of classes (of slides of tiles, or of images), or of slides.
-fn folder(root: &Path, seed: u64, units: &mut Vec<Unit>) -> Result<(), IngestError> {
+fn folder(root: &Path, seed: u64, units: &mut Vec<Unit>, companions: &mut Companions) -> Result<(), IngestError> {
     let mut slides: BTreeMap<String, Vec<Tile>> = BTreeMap::new();
     let mut loose: Vec<Tile> = Vec::new();
     let mut files = Vec::new();
@@ -105,8 +196,10 @@ fn folder(root: &Path, seed: u64, units: &mut Vec<Unit>) -> Result<(), IngestErr
         }
     }
     // Slides may lie beside folders of tiles.
-    for file in files.into_iter().filter(|path| !is_sidecar(path)) {
-        units.push(whole_unit(&file)?);
+    for file in files {
+        if !companions.take(&file)? && !is_sidecar(&file) {
+            units.push(whole_unit(&file)?);
+        }
     }
     for (name, tiles) in slides {
         let source = format!("{} in {}", name, root.display());
@@ -140,8 +233,9 @@ fn folder(root: &Path, seed: u64, units: &mut Vec<Unit>) -> Result<(), IngestErr
 fn whole_unit(path: &Path) -> Result<Unit, IngestError> {
     let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
     path.metadata().map_err(|e| bad(path, &e.to_string()))?;
-    let fingerprint = state([path].into_iter().chain(labels::sidecars(path).iter().map(PathBuf::as_path)));
-    Ok(Unit { name, source: path.display().to_string(), fingerprint, kind: Kind::Whole(path.to_owned()) })
+    let whole = Whole { path: path.to_owned(), places: Given::Nothing, annotations: Given::Nothing };
+    let fingerprint = whole.fingerprint();
+    Ok(Unit { name, source: path.display().to_string(), fingerprint, kind: Kind::Whole(whole) })
 }
 
 /// Tells one state of some files from another: their names, lengths and times of change. A file that is not there counts as such.

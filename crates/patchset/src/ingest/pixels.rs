@@ -113,20 +113,21 @@ impl Pixels {
 
     /// Pixels of a level from a corner in its own pixels; beyond the edge they are white.
     pub(crate) fn read(&self, level: u32, x: u32, y: u32, width: u32, height: u32) -> Result<Rgb, SlideError> {
+        let levels = self.levels();
+        let downsample = levels.get(level as usize).map_or(1.0, |&(_, _, downsample)| downsample);
+        let [x, y] = [x, y].map(|v| (f64::from(v) * downsample).round() as u32);
+        self.read_at(level, [x, y], width, height)
+    }
+
+    /// Pixels of a level from a corner in pixels of level 0, as OpenSlide wants it; beyond the edge they are white.
+    pub(crate) fn read_at(&self, level: u32, [x, y]: [u32; 2], width: u32, height: u32) -> Result<Rgb, SlideError> {
         match self {
             #[cfg(feature = "openslide")]
             Self::Slide(slide) => {
                 use openslide_rs::{Address, Region, Size};
                 let failed =
                     |e: openslide_rs::errors::OpenSlideError| SlideError::Skip(format!("cannot read at {x}, {y}: {e}"));
-                let downsample = slide.level_downsample(level).map_err(failed)?;
-                // OpenSlide wants the corner in pixels of level 0.
-                let corner = |v: u32| (f64::from(v) * downsample).round() as u32;
-                let region = Region {
-                    size: Size { w: width, h: height },
-                    level,
-                    address: Address { x: corner(x), y: corner(y) },
-                };
+                let region = Region { size: Size { w: width, h: height }, level, address: Address { x, y } };
                 let argb = slide.read_region(&region).map_err(failed)?;
                 // Premultiplied: what is missing to full opacity is white light.
                 let pixels =

@@ -37,6 +37,8 @@ pub(super) struct Head {
     /// Classes of this slide, in order of appearance; labels of its rows are indices into it.
     pub(super) classes: Vec<String>,
     pub(super) preview: Option<String>,
+    #[serde(default)]
+    pub(super) downsample: Option<f64>,
 }
 
 /// One patch in a .bin.

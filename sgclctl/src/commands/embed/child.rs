@@ -1,0 +1,128 @@
+//! `sgcl-worker embed`, started and listened to.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::process::Stdio;
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{ChildStderr, ChildStdout, Command};
+use tokio::task::JoinHandle;
+
+use crate::cli::embed::EmbedArgs;
+use crate::error::Failure;
+use crate::exit::Exit;
+use crate::worker;
+
+/// Lines of the worker's log that are kept for an error.
+const LAST_LINES: usize = 20;
+
+/// A worker that embeds.
+pub(super) struct Child {
+    process: tokio::process::Child,
+    lines: Option<Lines<BufReader<ChildStdout>>>,
+    words: Option<JoinHandle<Vec<String>>>,
+}
+
+/// What the worker says once its encoder is loaded.
+#[derive(Debug, Deserialize)]
+pub(super) struct Ready {
+    pub(super) encoder: String,
+    pub(super) settings: BTreeMap<String, Value>,
+}
+
+impl Child {
+    /// Starts it over a patch set, or over slides that come on its standard input.
+    pub(super) fn start(args: &EmbedArgs, data: Option<&str>, settings: &BTreeMap<String, Value>) -> Result<Self> {
+        let mut command = Command::new(worker::find()?);
+        command.args(["embed", "--to", &args.to, "--weights", &args.weights, "--layout", &args.layout]);
+        command.args(["--device", &args.device, "--seed", &args.seed.to_string()]);
+        command.args(["--settings", &serde_json::to_string(settings)?]);
+        for (option, value) in [
+            ("--data", data.map(str::to_owned)),
+            ("--bucket", args.bucket.clone()),
+            ("--arch", args.arch.clone()),
+            ("--name", args.name.clone()),
+            ("--px", args.px.map(|px| px.to_string())),
+            ("--batch", args.batch.map(|batch| batch.to_string())),
+        ] {
+            if let Some(value) = value {
+                command.args([option, &value]);
+            }
+        }
+        command.stdin(if data.is_some() { Stdio::null() } else { Stdio::piped() });
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
+        let mut process = command.spawn().context("cannot start sgcl-worker")?;
+        let lines = process.stdout.take().map(|stdout| BufReader::new(stdout).lines());
+        let words = process.stderr.take().map(|stderr| tokio::spawn(last_words(stderr)));
+        Ok(Self { process, lines, words })
+    }
+
+    /// Its standard input, for a thread that may block.
+    pub(super) fn stdin(&mut self) -> Result<std::fs::File> {
+        let stdin = self.process.stdin.take().context("sgcl-worker takes no input")?;
+        Ok(std::fs::File::from(stdin.into_owned_fd()?))
+    }
+
+    /// Waits until its encoder is loaded.
+    pub(super) async fn ready(&mut self) -> Result<Option<Ready>> {
+        match self.next().await? {
+            None => Ok(None),
+            Some(mut message) => {
+                Ok(Some(serde_json::from_value(message["ready"].take()).context("sgcl-worker is of another version")?))
+            }
+        }
+    }
+
+    /// What it says next; `None` once it has ended well.
+    ///
+    /// # Errors
+    /// It ended otherwise: the error is its last words.
+    pub(super) async fn next(&mut self) -> Result<Option<Value>> {
+        if let Some(lines) = &mut self.lines {
+            if let Some(line) = lines.next_line().await? {
+                let message = serde_json::from_str(&line);
+                return message.with_context(|| format!("sgcl-worker printed what is not JSON: {line:?}")).map(Some);
+            }
+            self.lines = None;
+        }
+        let ended = self.process.wait().await?;
+        if ended.success() {
+            return Ok(None);
+        }
+        // By reference: this future may be dropped and asked for again.
+        let words = match self.words.as_mut() {
+            Some(words) => words.await.unwrap_or_default(),
+            None => Vec::new(),
+        };
+        Err(failure(ended.code(), &words).into())
+    }
+}
+
+/// What the worker said last: its `error:` line where there is one.
+fn failure(code: Option<i32>, words: &[String]) -> Failure {
+    let last = words.iter().rposition(|line| line.starts_with("error: ")).map_or(words, |at| &words[at..]);
+    let text = last.join("\n");
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let exit = code.map_or(Exit::Failed, Exit::of_worker);
+    match text.rsplit_once("; ").filter(|_| !text.contains('\n')) {
+        Some((what, remedy)) => Failure::new(exit, what).hint(remedy),
+        None if text.is_empty() => Failure::new(exit, format!("sgcl-worker ended with {code:?} and said nothing"))
+            .hint("SGCL_LOG=debug makes it say more"),
+        None => Failure::new(exit, text),
+    }
+}
+
+async fn last_words(stderr: ChildStderr) -> Vec<String> {
+    let mut kept = VecDeque::with_capacity(LAST_LINES);
+    let mut lines = BufReader::new(stderr).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        tracing::info!(target: "worker", "{line}");
+        if kept.len() == LAST_LINES {
+            kept.pop_front();
+        }
+        kept.push_back(line);
+    }
+    kept.into()
+}

@@ -38,14 +38,20 @@ pub(crate) enum Command {
     Run(RunArgs),
     /// Train on a cluster: makes an SgclRun
     Submit(cluster::SubmitArgs),
-    /// Go on with a run that was suspended or broke off: `run --local --resume`
-    Resume(ResumeArgs),
+    /// Go on with a run that was suspended: on the cluster, or with --bucket here, also one that broke off (`run --local --resume`)
+    #[command(after_help = "\
+Examples:
+  sgclctl resume first                     (a run on the cluster)
+  sgclctl resume first --bucket runs       (on this machine)
+
+Nodes, ranks and configuration are the run's own; `sgclctl run --local --resume` takes others.")]
+    Resume(WishArgs),
     /// Let a run that is under way finish its step, commit and end; `resume` goes on with it
-    #[command(after_help = ORDER_HELP)]
-    Suspend(OrderArgs),
+    #[command(after_help = WISH_HELP)]
+    Suspend(WishArgs),
     /// End a run for good; what it has committed stays
-    #[command(after_help = ORDER_HELP)]
-    Cancel(OrderArgs),
+    #[command(after_help = WISH_HELP)]
+    Cancel(WishArgs),
     /// Send one node of a run home: it hands over what it holds, and another takes its place
     Drain(DrainArgs),
     /// How a run stands: on the cluster, or with --bucket from the bucket alone
@@ -210,23 +216,35 @@ pub(crate) struct RunArgs {
     pub(crate) dry_run: bool,
 }
 
-#[derive(Args, Debug)]
-#[command(after_help = "\
-Example:
-  sgclctl resume first --bucket runs
+const WISH_HELP: &str = "\
+Examples:
+  sgclctl suspend first                    (a run on the cluster)
+  sgclctl suspend first --bucket runs      (any other)
 
-Nodes, ranks and configuration are the run's own; `sgclctl run --local --resume` takes others.")]
-pub(crate) struct ResumeArgs {
+With --bucket it works from any machine that may write there: the run's coordinator looks for orders, wherever it is. It ends once the run
+has ended, with 69 where nobody answers. On a cluster it changes the SgclRun and ends at once; `sgclctl watch` shows what follows.";
+
+/// A run, and where it is.
+#[derive(Args, Debug)]
+pub(crate) struct WishArgs {
     /// Name of the run
     pub(crate) run: String,
+    /// Folder or S3 URL that holds the run, where it is not the cluster's [default: the cluster is asked]
+    #[arg(long, env = "SGCL_BUCKET", value_name = "URL")]
+    pub(crate) bucket: Option<String>,
     #[command(flatten)]
-    pub(crate) bucket: Bucket,
+    pub(crate) cluster: cluster::ClusterArgs,
 }
 
-const ORDER_HELP: &str = "\
-Works from any machine that may write to the bucket: the run's coordinator looks there, wherever it is. Ends once the run has ended,
-with 69 where nobody answers.";
+impl WishArgs {
+    /// The run's place in a bucket, where one is named.
+    pub(crate) fn in_bucket(&self) -> Option<OrderArgs> {
+        let bucket = Bucket { bucket: self.bucket.clone()? };
+        Some(OrderArgs { run: self.run.clone(), bucket })
+    }
+}
 
+/// A run of a bucket.
 #[derive(Args, Debug)]
 pub(crate) struct OrderArgs {
     /// Name of the run

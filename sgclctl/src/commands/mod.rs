@@ -31,9 +31,18 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::Ingest(args) => ingest::main(args, out).await,
         Command::Phantom(args) => phantom::main(args, out).await,
         Command::Run(args) => run::main(args, out).await,
-        Command::Resume(args) => run::main(args.into(), out).await,
-        Command::Suspend(args) => order::main(args, Order::Suspend, out).await,
-        Command::Cancel(args) => order::main(args, Order::Cancel, out).await,
+        Command::Resume(args) => match args.in_bucket() {
+            Some(order) => run::main(order.into(), out).await,
+            None => cluster::resume(&args.cluster, &args.run, out).await,
+        },
+        Command::Suspend(args) => match args.in_bucket() {
+            Some(order) => order::main(order, Order::Suspend, out).await,
+            None => cluster::suspend(&args.cluster, &args.run, out).await,
+        },
+        Command::Cancel(args) => match args.in_bucket() {
+            Some(order) => order::main(order, Order::Cancel, out).await,
+            None => cluster::cancel(&args.cluster, &args.run, out).await,
+        },
         Command::Drain(args) => order::main(args.order, Order::Drain { node: args.node }, out).await,
         Command::Status(args) => status::main(args, out).await,
         Command::List(args) => list::main(args, out).await,

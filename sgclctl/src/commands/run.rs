@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::config::trained_patches;
-use crate::cli::{ConfigSource, ResumeArgs, RunArgs};
+use crate::cli::{ConfigSource, OrderArgs, RunArgs};
 use crate::error::Failure;
 use crate::exit::Exit;
 use crate::output::{Out, count, warn};
@@ -27,8 +27,9 @@ use sgcl_runstore::config::BankDtype;
 /// Longest wait for storage that has answered before.
 const HICCUP: Duration = Duration::from_secs(60);
 
-impl From<ResumeArgs> for RunArgs {
-    fn from(args: ResumeArgs) -> Self {
+/// Going on with a run of a bucket as it is.
+impl From<OrderArgs> for RunArgs {
+    fn from(args: OrderArgs) -> Self {
         Self {
             local: true,
             nodes: None,

@@ -20,5 +20,4 @@ pub(crate) use scale::scale;
 pub(crate) use status::status;
 pub(crate) use submit::submit;
 pub(crate) use watch::watch;
-#[allow(unused_imports)]
 pub(crate) use wishes::{cancel, resume, suspend};

@@ -10,19 +10,16 @@ use crate::exit::Exit;
 use crate::output::Out;
 
 /// Commit, then give the nodes back.
-#[allow(dead_code)]
 pub(crate) async fn suspend(args: &ClusterArgs, run: &str, out: Out) -> Result<Exit> {
     wish(args, run, json!({ "suspend": true }), "commits, then gives its nodes back", out).await
 }
 
 /// Go on.
-#[allow(dead_code)]
 pub(crate) async fn resume(args: &ClusterArgs, run: &str, out: Out) -> Result<Exit> {
     wish(args, run, json!({ "suspend": false }), "goes on from its newest commit", out).await
 }
 
 /// Commit and end for good.
-#[allow(dead_code)]
 pub(crate) async fn cancel(args: &ClusterArgs, run: &str, out: Out) -> Result<Exit> {
     wish(args, run, json!({ "cancel": true }), "commits and ends", out).await
 }

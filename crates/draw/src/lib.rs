@@ -34,6 +34,11 @@ pub enum Purpose {
     Report = 11,
     /// Storage faults that tests inject; item = request.
     Faults = 12,
+    /// Training of probes, epoch by epoch; item = 0 order of patches, 1 labels that are kept, 2 the classifier's initial weights,
+    /// 3 slides to validate on, 4 seeds of trials.
+    Evaluate = 20,
+    /// Slides drawn with replacement, for intervals; item = resample.
+    Bootstrap = 21,
 }
 
 /// The stream of draws for one item.

@@ -1,12 +1,20 @@
-//! How good frozen features are: k nearest neighbours and a linear classifier, on slides kept apart.
+//! What an encoder is worth: k nearest neighbours, linear classifiers and fine-tuning, tested on slides kept apart.
 
+pub mod bootstrap;
+pub mod eva;
+pub mod head;
 pub mod knn;
 pub mod linear;
+pub mod roc;
+pub mod rows;
 pub mod score;
+pub mod supervised;
+pub mod views;
 
+pub use eva::{EvaParams, EvaProbe, eva};
 pub use knn::knn;
 pub use linear::{LinearParams, LinearProbe, linear};
-pub use score::{ClassScore, Scores};
+pub use score::{ClassScore, Figures, Prediction, Scores};
 
 /// Rows to learn from and rows to test on: no slide may be on both sides.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,11 +85,23 @@ fn labelled(features: &tch::Tensor, labels: &[i64], classes: usize, split: &Spli
     Ok(Split { train: keep(&split.train, "train")?, test: keep(&split.test, "test")? })
 }
 
-fn rows(features: &tch::Tensor, rows: &[usize]) -> tch::Tensor {
+fn take(features: &tch::Tensor, rows: &[usize]) -> tch::Tensor {
     let index: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
     features.index_select(0, &tch::Tensor::from_slice(&index).to_device(features.device()))
 }
 
 fn pick(labels: &[i64], rows: &[usize]) -> Vec<i64> {
     rows.iter().map(|&row| labels[row]).collect()
+}
+
+/// A tensor's values, row-major.
+fn numbers(tensor: &tch::Tensor) -> Result<Vec<f64>, ProbeError> {
+    let flat = tensor.to_device(tch::Device::Cpu).to_kind(tch::Kind::Double).flatten(0, -1);
+    Vec::<f64>::try_from(flat).map_err(|error: tch::TchError| ProbeError::Invalid(error.to_string()))
+}
+
+/// The prediction of test rows, all labelled.
+fn predict(rows: Vec<usize>, labels: &[i64], probabilities: Vec<f64>, classes: usize) -> Prediction {
+    let truth = rows.iter().map(|&row| labels[row] as usize).collect();
+    Prediction::new(rows, truth, probabilities, classes)
 }

@@ -57,6 +57,26 @@ impl Renderer {
         normalize(&self.pixels, px as usize, false, out);
     }
 
+    /// The bytes of torchvision's `Resize(resize)` and `CenterCrop(px)`, RGB row-major; a longer side is cut to a square first.
+    ///
+    /// # Panics
+    /// If `px` is larger than `resize`: a bug of the caller.
+    pub fn central(&mut self, image: &RgbImage, resize: u32, px: u32) -> &[u8] {
+        assert!(px <= resize, "a centre of {px} pixels out of {resize}");
+        let side = image.width().min(image.height());
+        let (left, top) = ((image.width() - side) / 2, (image.height() - side) / 2);
+        self.resize(image, Crop { left, top, width: side, height: side }, resize);
+        // torchvision rounds half of the margin to even.
+        let margin = (f64::from(resize - px) / 2.0).round_ties_even() as usize;
+        let (resize, px) = (resize as usize, px as usize);
+        for row in 0..px {
+            let from = 3 * ((row + margin) * resize + margin);
+            self.pixels.copy_within(from..from + 3 * px, 3 * row * px);
+        }
+        self.pixels.truncate(3 * px * px);
+        &self.pixels
+    }
+
     #[expect(clippy::expect_used, reason = "sizes are made to fit here")]
     /// Cuts first, then resizes (bilinear, antialiased) within the cut, as PIL does.
     fn resize(&mut self, image: &RgbImage, crop: Crop, px: u32) {
@@ -72,8 +92,11 @@ impl Renderer {
     }
 }
 
-/// `ToTensor` and `Normalize`: RGB bytes to CHW, mirrored where asked.
-fn normalize(pixels: &[u8], px: usize, flip: bool, out: &mut [f32]) {
+/// `ToTensor` and `Normalize`: RGB bytes of `px` × `px` pixels to CHW, mirrored where asked.
+///
+/// # Panics
+/// If `out` has another length than `pixels`: a bug of the caller.
+pub fn normalize(pixels: &[u8], px: usize, flip: bool, out: &mut [f32]) {
     assert_eq!(out.len(), pixels.len(), "a view of {px} pixels has 3 × {px} × {px} values");
     for (channel, plane) in out.chunks_exact_mut(px * px).enumerate() {
         let (mean, std) = (IMAGENET_MEAN[channel], IMAGENET_STD[channel]);

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use tch::{Kind, Tensor};
 
-use super::{ProbeError, Scores, Split, labelled, pick, rows};
+use super::{Prediction, ProbeError, Split, labelled, numbers, pick, predict, take};
 
 /// How the linear probe is fitted.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,7 +27,7 @@ impl Default for LinearParams {
 #[derive(Debug)]
 pub struct LinearProbe {
     /// On the test rows.
-    pub scores: Scores,
+    pub prediction: Prediction,
     /// Mean penalised loss on the training rows.
     pub train_loss: f64,
     /// L-BFGS iterations done.
@@ -53,7 +53,7 @@ pub fn linear(
         return Err(ProbeError::Invalid("the linear probe needs a positive inverse penalty and iterations".to_owned()));
     }
     tch::no_grad(|| {
-        let half = |half: &[usize]| rows(features, half).to_kind(Kind::Double);
+        let half = |half: &[usize]| take(features, half).to_kind(Kind::Double);
         let (train, test) = (half(&split.train), half(&split.test));
         let mean = train.mean_dim([0_i64].as_slice(), true, Kind::Double);
         // A constant column carries nothing: it becomes zero, not NaN.
@@ -68,11 +68,9 @@ pub fn linear(
         let target = Tensor::from_slice(&pick(labels, &split.train)).to_device(features.device());
         let problem = Problem::new(&train, &target, classes, params.inverse_penalty);
         let fit = minimize(|w| problem.loss_and_gradient(w), problem.start(), params);
-        let predicted = test.matmul(&fit.at).argmax(1, false).to_device(tch::Device::Cpu);
-        let predicted: Vec<i64> =
-            predicted.iter::<i64>().map_err(|error| ProbeError::Invalid(error.to_string()))?.collect();
-        let scores = Scores::new(&pick(labels, &split.test), &predicted, &pick(labels, &split.train), classes);
-        Ok(LinearProbe { scores, train_loss: fit.loss, iterations: fit.iterations, converged: fit.converged })
+        let probabilities = numbers(&test.matmul(&fit.at).softmax(1, Kind::Double))?;
+        let prediction = predict(split.test, labels, probabilities, classes);
+        Ok(LinearProbe { prediction, train_loss: fit.loss, iterations: fit.iterations, converged: fit.converged })
     })
 }
 

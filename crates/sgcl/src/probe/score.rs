@@ -1,4 +1,92 @@
-//! What a classifier got right.
+//! What a classifier said, and how much of it is right.
+
+use super::roc::Ranking;
+
+/// What a classifier says of the test rows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prediction {
+    /// Test rows, as they were handed in.
+    pub rows: Vec<usize>,
+    /// True class of each.
+    pub truth: Vec<usize>,
+    /// Class it was called: the most probable, of equal ones the first.
+    pub predicted: Vec<usize>,
+    /// (rows, classes), row-major; each row adds up to 1.
+    pub probabilities: Vec<f64>,
+    /// Number of classes.
+    pub classes: usize,
+}
+
+impl Prediction {
+    /// From probabilities (rows, classes), row-major.
+    ///
+    /// # Panics
+    /// If lengths do not fit or a true class is not below `classes`: a bug of the caller.
+    #[must_use]
+    pub fn new(rows: Vec<usize>, truth: Vec<usize>, probabilities: Vec<f64>, classes: usize) -> Self {
+        assert_eq!((rows.len(), rows.len() * classes), (truth.len(), probabilities.len()), "columns of equal length");
+        assert!(truth.iter().all(|&class| class < classes), "a class beyond the {classes} there are");
+        let best = |row: &[f64]| (1..classes).fold(0, |best, class| if row[class] > row[best] { class } else { best });
+        let predicted = probabilities.chunks_exact(classes.max(1)).map(best).collect();
+        Prediction { rows, truth, predicted, probabilities, classes }
+    }
+
+    /// Probability of one class for the test row at `at`.
+    #[must_use]
+    pub fn probability(&self, at: usize, class: usize) -> f64 {
+        self.probabilities[at * self.classes + class]
+    }
+
+    /// Compares with the truth. `train` holds the labels learnt from, for the counts alone.
+    #[must_use]
+    pub fn scores(&self, train: &[i64]) -> Scores {
+        let classes = self.classes;
+        let mut confusion = Confusion::new(classes);
+        for (&truth, &predicted) in self.truth.iter().zip(&self.predicted) {
+            confusion.add(truth, predicted, 1);
+        }
+        let by_class = (0..classes)
+            .map(|class| {
+                let (hits, test, claimed) = confusion.of(class);
+                let train = train.iter().filter(|&&label| label == class as i64).count();
+                ClassScore {
+                    train,
+                    test: test as usize,
+                    precision: share(hits, claimed),
+                    recall: share(hits, test),
+                    f1: share(2 * hits, test + claimed),
+                }
+            })
+            .collect();
+        let auc = super::roc::macro_auc(&Ranking::all(self), |_| 1);
+        Scores { figures: confusion.figures(auc), classes: by_class, confusion: confusion.rows() }
+    }
+}
+
+/// The figures of one test that are compared.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Figures {
+    /// Share of test rows predicted right.
+    pub accuracy: f64,
+    /// Mean recall of the classes that the test rows have.
+    pub balanced_accuracy: f64,
+    /// Mean F1 of the classes that the test rows or the predictions have, as scikit-learn's.
+    pub macro_f1: f64,
+    /// Area under the ROC curve: of two classes that of the second; of more the mean, one against the rest, over the classes that
+    /// some test rows have and some lack. `None` without such a class.
+    pub roc_auc: Option<f64>,
+}
+
+impl Figures {
+    /// Their names, in the order of [`Figures::values`].
+    pub const NAMES: [&str; 4] = ["accuracy", "balanced_accuracy", "macro_f1", "roc_auc"];
+
+    /// All four; the area may be undefined.
+    #[must_use]
+    pub fn values(&self) -> [Option<f64>; 4] {
+        [Some(self.accuracy), Some(self.balanced_accuracy), Some(self.macro_f1), self.roc_auc]
+    }
+}
 
 /// One class of a test.
 #[derive(Clone, Debug, PartialEq)]
@@ -18,56 +106,90 @@ pub struct ClassScore {
 /// Scores of one test.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Scores {
-    /// Share of test rows predicted right.
-    pub accuracy: f64,
-    /// Mean recall of the classes that the test rows have.
-    pub balanced_accuracy: f64,
-    /// Mean F1 of the classes that the test rows or the predictions have, as scikit-learn's.
-    pub macro_f1: f64,
+    /// What is compared.
+    pub figures: Figures,
     /// By class.
     pub classes: Vec<ClassScore>,
     /// [true class][predicted class], test rows.
     pub confusion: Vec<Vec<usize>>,
 }
 
-impl Scores {
-    /// Compares predictions with the truth; labels are below `classes`. `train` is for the counts alone.
-    ///
-    /// # Panics
-    /// If a label is not below `classes`: a bug of the caller.
-    #[must_use]
-    pub fn new(truth: &[i64], predicted: &[i64], train: &[i64], classes: usize) -> Self {
-        let mut confusion = vec![vec![0; classes]; classes];
-        for (&truth, &predicted) in truth.iter().zip(predicted) {
-            confusion[truth as usize][predicted as usize] += 1;
+/// Rows by true and predicted class.
+#[derive(Clone, Debug)]
+pub(super) struct Confusion {
+    classes: usize,
+    /// [true · classes + predicted]
+    cells: Vec<u64>,
+}
+
+impl Confusion {
+    pub(super) fn new(classes: usize) -> Self {
+        Confusion { classes, cells: vec![0; classes * classes] }
+    }
+
+    pub(super) fn add(&mut self, truth: usize, predicted: usize, rows: u64) {
+        self.cells[truth * self.classes + predicted] += rows;
+    }
+
+    /// Adds another one `times` times.
+    pub(super) fn add_all(&mut self, other: &Confusion, times: u64) {
+        self.cells.iter_mut().zip(&other.cells).for_each(|(to, rows)| *to += times * rows);
+    }
+
+    /// Of a class: rows found, rows there are, rows called so.
+    fn of(&self, class: usize) -> (u64, u64, u64) {
+        let n = self.classes;
+        let test = self.cells[class * n..(class + 1) * n].iter().sum();
+        let claimed = (0..n).map(|row| self.cells[row * n + class]).sum();
+        (self.cells[class * n + class], test, claimed)
+    }
+
+    pub(super) fn figures(&self, roc_auc: Option<f64>) -> Figures {
+        let (mut right, mut all) = (0, 0);
+        let (mut recalls, mut f1s) = (Mean::default(), Mean::default());
+        for class in 0..self.classes {
+            let (hits, test, claimed) = self.of(class);
+            right += hits;
+            all += test;
+            if test > 0 {
+                recalls.add(share(hits, test));
+            }
+            if test + claimed > 0 {
+                f1s.add(share(2 * hits, test + claimed));
+            }
         }
-        let share = |part: usize, whole: usize| if whole == 0 { 0.0 } else { part as f64 / whole as f64 };
-        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len().max(1) as f64;
-        let (mut recalls, mut f1s) = (Vec::new(), Vec::new());
-        let scores: Vec<ClassScore> = (0..classes)
-            .map(|class| {
-                let hits = confusion[class][class];
-                let test: usize = confusion[class].iter().sum();
-                let claimed: usize = confusion.iter().map(|row| row[class]).sum();
-                let f1 = share(2 * hits, test + claimed);
-                let recall = share(hits, test);
-                if test > 0 {
-                    recalls.push(recall);
-                }
-                if test + claimed > 0 {
-                    f1s.push(f1);
-                }
-                let train = train.iter().filter(|&&label| label == class as i64).count();
-                ClassScore { train, test, precision: share(hits, claimed), recall, f1 }
-            })
-            .collect();
-        let hits = (0..classes).map(|class| confusion[class][class]).sum();
-        Scores {
-            accuracy: share(hits, truth.len()),
-            balanced_accuracy: mean(&recalls),
-            macro_f1: mean(&f1s),
-            classes: scores,
-            confusion,
+        Figures {
+            accuracy: share(right, all),
+            balanced_accuracy: recalls.value().unwrap_or(0.0),
+            macro_f1: f1s.value().unwrap_or(0.0),
+            roc_auc,
         }
     }
+
+    fn rows(&self) -> Vec<Vec<usize>> {
+        let row = |row: &[u64]| row.iter().map(|&rows| rows as usize).collect();
+        self.cells.chunks_exact(self.classes.max(1)).map(row).collect()
+    }
+}
+
+/// A running mean.
+#[derive(Default)]
+pub(super) struct Mean {
+    sum: f64,
+    count: u64,
+}
+
+impl Mean {
+    pub(super) fn add(&mut self, value: f64) {
+        self.sum += value;
+        self.count += 1;
+    }
+
+    pub(super) fn value(&self) -> Option<f64> {
+        (self.count > 0).then(|| self.sum / self.count as f64)
+    }
+}
+
+fn share(part: u64, whole: u64) -> f64 {
+    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod cluster;
 pub(crate) mod embed;
+pub(crate) mod eval;
 
 use std::path::PathBuf;
 
@@ -74,8 +75,8 @@ Nodes, ranks and configuration are the run's own; `sgclctl run --local --resume`
     Verify(VerifyArgs),
     /// Fetch a run's weights and verify them
     Pull(PullArgs),
-    /// Probe weights on a labelled patch set: k nearest neighbours and a linear classifier
-    Eval(EvalArgs),
+    /// What weights are worth on a labelled patch set: nearest neighbours, linear classifiers, fine-tuning
+    Eval(eval::EvalArgs),
     /// Write features of slides for slide-level models, in the layouts of TRIDENT and CLAM
     Embed(embed::EmbedArgs),
     /// Write a run's report: one HTML file with curves, slides, neighbours and probes
@@ -355,43 +356,6 @@ pub(crate) struct VerifyArgs {
     /// The run's patch set, where it was moved [default: as the run has it]
     #[arg(long, value_name = "URL")]
     pub(crate) data: Option<String>,
-}
-
-const EVAL_EXAMPLES: &str = "\
-Examples:
-  sgclctl eval --data patches --bucket runs --weights first --weights random
-  sgclctl eval --data labelled --weights weights/backbone.pth --arch resnet50
-
-Slides are tested on that were not learnt from: those a named run held out (data.holdout_fraction), else a share drawn by --seed.
-Results are kept with each run named (eval/<weights>.json) and appear in its report.";
-
-#[derive(Args, Debug)]
-#[command(after_help = EVAL_EXAMPLES)]
-pub(crate) struct EvalArgs {
-    /// Labelled patch set
-    #[arg(long, value_name = "URL")]
-    pub(crate) data: String,
-    /// What to probe: a run's name, a .pth or .safetensors file, or `random`; may be repeated
-    #[arg(long, required = true, num_args = 1.., value_name = "RUN|FILE|random")]
-    pub(crate) weights: Vec<String>,
-    /// Folder or S3 URL that holds the runs named
-    #[arg(long, env = "SGCL_BUCKET", value_name = "URL")]
-    pub(crate) bucket: Option<String>,
-    /// Keep the results with this run [default: every run among --weights]
-    #[arg(long, value_name = "RUN")]
-    pub(crate) save_to: Option<String>,
-    /// Architecture of files and of `random` [default: that of the first run named, else resnet18]
-    #[arg(long, value_parser = ["resnet18", "resnet34", "resnet50"])]
-    pub(crate) arch: Option<String>,
-    /// Side that patches are resized to, pixels [default: the run's global view, else 224]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(32..=1024))]
-    pub(crate) px: Option<u32>,
-    /// Share of slides to test on, where no run held any out
-    #[arg(long, default_value_t = 0.3, value_name = "SHARE")]
-    pub(crate) holdout_fraction: f64,
-    /// Seed of the split and of `random`
-    #[arg(long, default_value_t = 0)]
-    pub(crate) seed: u64,
 }
 
 const REPORT_EXAMPLES: &str = "\

@@ -6,7 +6,7 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
-use serde_json::Value;
+use serde_json::{Value, json};
 use sgcl_patchset::Store;
 use support::browser::Browser;
 use support::store::{CLASSES, finished_run};
@@ -50,18 +50,15 @@ const CUT: &str = r#"(() => {
   return out;
 })()"#;
 
-#[test]
-fn the_report_is_whole_at_400_and_1400_pixels_in_light_and_dark_without_a_console_message() {
-    let folder = tempfile::tempdir().unwrap();
-    run_in(folder.path());
-    let file = report(folder.path());
-    let mut browser = Browser::start();
+/// Opens a page narrow and wide, in light and in dark: nothing sticks out or is cut off, all pictures show, the console is silent.
+/// Returns the colours of the ground.
+fn looked_at(browser: &mut Browser, page: &Path, name: &str) -> Vec<Value> {
     let mut grounds = Vec::new();
     for width in [400, 1400] {
         for dark in [false, true] {
-            let what = format!("{width} px, {}", if dark { "dark" } else { "light" });
-            let said = browser.open(&file, width, dark);
-            assert!(said.is_empty(), "{what}: the console says {said:?}");
+            let what = format!("{name}, {width} px, dark {dark}");
+            let said = browser.open(page, width, dark);
+            assert!(said.is_empty(), "{what}: {said:?}");
             assert_eq!(browser.evaluate("innerWidth"), width, "{what}");
             let scroll = browser.evaluate("document.documentElement.scrollWidth").as_u64().unwrap();
             assert!(scroll <= u64::from(width), "{what}: the page is {scroll} px wide");
@@ -70,11 +67,21 @@ fn the_report_is_whole_at_400_and_1400_pixels_in_light_and_dark_without_a_consol
             assert_eq!(broken, 0, "{what}: pictures that do not show");
             grounds.push(browser.evaluate("getComputedStyle(document.body).backgroundColor"));
             if let Some(shots) = std::env::var_os("SGCL_SCREENSHOTS") {
-                let name = format!("report-{width}-{}.png", if dark { "dark" } else { "light" });
-                browser.screenshot(&PathBuf::from(shots).join(name));
+                let file = format!("{name}-{width}-{}.png", if dark { "dark" } else { "light" });
+                browser.screenshot(&PathBuf::from(shots).join(file));
             }
         }
     }
+    grounds
+}
+
+#[test]
+fn the_report_is_whole_at_400_and_1400_pixels_in_light_and_dark_without_a_console_message() {
+    let folder = tempfile::tempdir().unwrap();
+    run_in(folder.path());
+    let file = report(folder.path());
+    let mut browser = Browser::start();
+    let grounds = looked_at(&mut browser, &file, "report");
     assert_ne!(grounds[0], grounds[1], "dark looks like light");
     assert_eq!(grounds[0], grounds[2]);
 }
@@ -134,6 +141,69 @@ fn a_patch_set_that_is_gone_costs_the_pictures_alone() {
     assert!(html.contains("<polyline") && html.contains("Left out of this report"));
     let (code, _, err) = sgclctl(folder.path(), &["report", "first", "--bucket", "bucket", "--data", "moved"]);
     assert!(code == 0 && !err.contains("left out"), "{err}");
+}
+
+/// A worker that has found something already: two encoders under two protocols.
+fn evaluation(folder: &Path) -> String {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    let figure = |value: f64| json!({ "value": value, "low": value - 0.04, "high": value + 0.03, "resamples": 1000 });
+    let protocol = |name: &str, value: f64| {
+        let roc = CLASSES.map(|class| {
+            json!({ "class": class, "area": value, "points": [[0.0, 0.0], [0.1, value], [0.5, 0.97], [1.0, 1.0]] })
+        });
+        let mistakes: Vec<Value> = (0..12)
+            .map(|patch| {
+                json!({ "patch": 20 * patch, "slide": "slide-0-with-a-rather-long-name", "x": patch, "y": 3,
+                "true": CLASSES[1], "called": CLASSES[2], "probability": 0.91, "probability_of_true": 0.04 })
+            })
+            .collect();
+        json!({ "protocol": name, "accuracy": figure(value), "balanced_accuracy": figure(value - 0.02),
+            "macro_f1": figure(value - 0.03), "roc_auc": figure(value), "trials": 1, "train_patches": 1240, "roc": roc,
+            "mistakes": mistakes, "confusion": [[120, 4, 9, 0], [6, 140, 2, 3], [11, 0, 78, 0], [0, 5, 0, 35]] })
+    };
+    let lines: Vec<String> = [("first-backbone.safetensors", 0.94), ("random", 0.71)]
+        .map(|(weights, value)| {
+            let result = json!({ "weights": weights, "classes": CLASSES, "train_patches": 1240, "test_patches": 413,
+                "train_slides": 3, "test_slides": 2, "bootstrap": { "slides": 2, "resamples": 1000 }, "skipped": [],
+                "knn": { "20": value }, "protocols": [protocol("knn-20", value), protocol("linear", value + 0.02)] });
+            json!({ "result": result }).to_string()
+        })
+        .into();
+    let worker = folder.join("worker");
+    std::fs::write(&worker, format!("#!/bin/sh\ncat <<'E'\n{}\nE\n", lines.join("\n"))).unwrap();
+    std::fs::set_permissions(&worker, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_sgclctl"))
+        .current_dir(folder)
+        .env("SGCL_WORKER", &worker)
+        .args(["eval", "--data", "patches", "--weights", "random", "--page", "eval.html"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn the_page_of_an_evaluation_is_whole_and_needs_nothing_from_elsewhere() {
+    let folder = tempfile::tempdir().unwrap();
+    run_in(folder.path());
+    let table = evaluation(folder.path());
+    for words in ["94.0 % (90.0–97.0)", "kNN-20 +23.0 points", "linear", "ROC-AUC"] {
+        assert!(table.contains(words), "{words:?} is not in\n{table}");
+    }
+    let page = folder.path().join("eval.html");
+    let mut browser = Browser::start();
+    let grounds = looked_at(&mut browser, &page, "eval");
+    assert_ne!(grounds[0], grounds[1], "dark looks like light");
+    let mut count =
+        |selector: &str| browser.evaluate(&format!("document.querySelectorAll('{selector}').length")).as_u64().unwrap();
+    assert_eq!((count("#figures tbody tr"), count("details"), count("details[open]")), (4, 4, 4));
+    assert_eq!((count("details svg polyline"), count(".confusion tbody tr")), (16, 16));
+    assert_eq!(count(".mistakes img"), 48);
+    let html = std::fs::read_to_string(page).unwrap();
+    for outside in ["src=\"http", "href=\"http", "url(", "@import", "<script", "src=\"file"] {
+        assert!(!html.contains(outside), "{outside}");
+    }
 }
 
 #[test]

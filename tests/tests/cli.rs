@@ -63,7 +63,20 @@ fn slides_become_weights_through_an_s3_server_alone() {
     let _ = programs.call(&["pull", "first", &text(&weights), "--bucket", bucket]).unwrap().success();
     assert!(weights.join("backbone.pth").is_file() && weights.join("model.safetensors").is_file());
 
-    let scores = programs.call(&["eval", "--data", data, "--bucket", bucket, "--weights", "first", "--output", "json"]);
+    let cache = text(&folder.path().join("cache"));
+    let scores = programs.call(&[
+        "eval",
+        "--data",
+        data,
+        "--bucket",
+        bucket,
+        "--weights",
+        "first",
+        "--output",
+        "json",
+        "--cache",
+        &cache,
+    ]);
     let scores: Value = serde_json::from_str(&scores.unwrap().success().stdout).unwrap();
     assert!(scores.to_string().contains("knn"), "{scores}");
 

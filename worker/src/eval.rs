@@ -1,26 +1,30 @@
-//! `sgcl-worker eval`: frozen features of a labelled patch set, probed by kNN and a linear classifier.
+//! `sgcl-worker eval`: encoders under labelled patches, by nearest neighbours, linear classifiers and fine-tuning.
 //!
 //! Prints one JSON object a line: `{"progress": …}` while it works, one `{"result": …}` for each encoder. `sgclctl eval` shows them.
 
-use std::path::{Path, PathBuf};
+mod cache;
+mod encoder;
+mod protocol;
+mod result;
+mod task;
+mod views;
 
-use anyhow::{Context, Result, bail, ensure};
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
 use clap::Args;
-use rayon::prelude::*;
-use serde_json::json;
-use sgcl::augment::Renderer;
-use sgcl::backbone::{Arch, Backbone};
-use sgcl::image::RgbImage;
-use sgcl::probe::{self, LinearParams, Scores, Split};
-use sgcl::weights;
-use sgcl_patchset::{PatchSet, ShardReader, Store};
-use sgcl_runstore::{RunName, Spec, export};
+use serde_json::{Map, Value, json};
+use sgcl::backbone::Arch;
+use sgcl::weights::LoadReport;
+use sgcl_patchset::PatchSet;
 use tch::{Device, Kind, Tensor};
 
-/// Neighbours of the kNN probe.
-const NEIGHBOURS: [usize; 2] = [10, 20];
-/// Temperature of the kNN votes, exp(cosine / T).
-const KNN_TEMPERATURE: f64 = 0.07;
+use cache::{Cache, Key};
+use encoder::{Encoder, Loaded};
+use protocol::{Bench, Family, LinearRecipe, Protocol, share};
+use task::Task;
+use views::{Patches, View};
+
 /// Patches in one forward pass.
 const BATCH: usize = 64;
 
@@ -30,7 +34,7 @@ pub(crate) struct EvalArgs {
     /// Labelled patch set
     #[arg(long)]
     data: String,
-    /// Encoders: a run's name (with --bucket), a weights file (.pth, .safetensors) or `random`
+    /// Encoders: a run's name (with --bucket), a weights file (.pth, .safetensors), `random` or `colour-histogram`
     #[arg(long, required = true, num_args = 1..)]
     weights: Vec<String>,
     /// Bucket that holds the runs named in --weights
@@ -45,44 +49,36 @@ pub(crate) struct EvalArgs {
     /// Share of slides to test on, where no run among --weights held slides out
     #[arg(long, default_value_t = 0.3)]
     holdout_fraction: f64,
-    /// Seed of the split and of `random`
+    /// Seed of all that is drawn
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// What to do with the encoders
+    #[arg(long, value_delimiter = ',', default_values = ["knn", "linear"])]
+    protocol: Vec<Family>,
+    /// How `linear` is trained
+    #[arg(long, value_delimiter = ',', default_values = ["lbfgs"])]
+    recipe: Vec<LinearRecipe>,
+    /// Shares of the training labels that `finetune` uses
+    #[arg(long, value_delimiter = ',', default_values = ["100%"], value_parser = share)]
+    labels: Vec<f64>,
+    /// Trainings of each protocol that draws
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=100))]
+    trials: u64,
+    /// Epochs of the recipes that train on views [default: as published]
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    epochs: Option<u64>,
+    /// Folder that keeps features
+    #[arg(long)]
+    cache: Option<PathBuf>,
 }
 
-/// An encoder to probe.
-struct Encoder {
-    name: String,
-    source: Source,
-}
-
-enum Source {
-    Random,
-    File(PathBuf),
-    Run(RunName, Box<Spec>),
-}
-
-/// Which patches are learnt from and which are tested on.
-struct Task {
-    set: PatchSet,
-    /// Labelled patches.
-    ids: Vec<u32>,
-    labels: Vec<i64>,
-    split: Split,
-}
-
-/// Probes every encoder; the slides tested on are the same for all.
+/// Evaluates every encoder; the slides tested on are the same for all.
 ///
 /// # Errors
 /// Whatever cannot be read, named; a set without labels or with too few slides; weights of which no key matched.
-pub(crate) fn main(
-    runtime: &tokio::runtime::Handle,
-    args: &EvalArgs,
-    mut emit: impl FnMut(serde_json::Value),
-) -> Result<()> {
-    let encoders = runtime.block_on(resolve(args))?;
-    let spec =
-        encoders.iter().find_map(|e| if let Source::Run(_, spec) = &e.source { Some(spec.as_ref()) } else { None });
+pub(crate) fn main(runtime: &tokio::runtime::Handle, args: &EvalArgs, mut emit: impl FnMut(Value)) -> Result<()> {
+    let encoders = runtime.block_on(Encoder::resolve(args))?;
+    let spec = encoders.iter().find_map(Encoder::spec);
     let arch = match (args.arch, spec) {
         (Some(arch), _) => arch,
         (None, Some(spec)) => spec.config.backbone.arch.name().parse()?,
@@ -90,145 +86,101 @@ pub(crate) fn main(
     };
     let px = args.px.or(spec.map(|s| s.config.views.global_px)).unwrap_or(224);
     ensure!((32..=1024).contains(&px), "--px {px} is not in 32..=1024");
+    let protocols = Protocol::asked(args);
     let set = runtime.block_on(PatchSet::open(&args.data))?;
     let task = Task::new(set, spec, args)?;
     // The reader of a remote set keeps the runtime it is made in.
-    let reader = runtime.block_on(async { task.set.reader(None) });
+    let patches = Patches { reader: runtime.block_on(async { task.set.reader(None) }), px };
+    let cache = Cache::new(args.cache.as_deref());
+    let work = Work { task, patches, protocols, cache, args };
     for encoder in &encoders {
-        let backbone = runtime.block_on(load(encoder, arch, args))?;
-        let features = extract(&backbone, &reader, &task.ids, px, |done| {
-            emit(
-                json!({"progress": {"done": done, "total": task.ids.len(), "what": format!("features of {}", encoder.name)}}),
-            );
-        })?;
-        emit(json!({"result": task.probe(&encoder.name, arch, px, &features)?}));
+        let loaded = runtime.block_on(encoder.load(arch, args))?;
+        let result = work.evaluate(&encoder.name, &loaded, &mut emit)?;
+        emit(json!({ "result": result }));
     }
     Ok(())
 }
 
-async fn resolve(args: &EvalArgs) -> Result<Vec<Encoder>> {
-    let mut encoders = Vec::new();
-    for name in &args.weights {
-        let source = if name == "random" {
-            Source::Random
-        } else if Path::new(name).is_file() {
-            Source::File(name.into())
-        } else {
-            let Some(bucket) = &args.bucket else {
-                bail!("{name} is neither `random` nor a file; for a run of that name add --bucket URL");
-            };
-            let run = RunName::new(name.as_str())?;
-            let spec = Spec::read(&run.store(&Store::open(bucket)?)).await?;
-            Source::Run(run, Box::new(spec))
-        };
-        encoders.push(Encoder { name: name.clone(), source });
-    }
-    Ok(encoders)
+/// What all encoders share.
+struct Work<'a> {
+    task: Task,
+    patches: Patches,
+    protocols: Vec<Protocol>,
+    cache: Option<Cache>,
+    args: &'a EvalArgs,
 }
 
-async fn load(encoder: &Encoder, arch: Arch, args: &EvalArgs) -> Result<Backbone> {
-    let backbone = Backbone::new(arch, Device::cuda_if_available());
-    match &encoder.source {
-        Source::Random => backbone.init(args.seed, 0),
-        Source::File(path) => {
-            weights::load_backbone(&backbone, path)?;
-        }
-        Source::Run(run, _) => {
-            let bucket = args.bucket.as_deref().context("a run needs --bucket")?;
-            let scratch = tempfile::tempdir().context("no folder for the run's weights")?;
-            let folder = scratch.path().join("export");
-            export::pull(&run.store(&Store::open(bucket)?), None, &folder, |_, _| {}).await?;
-            weights::load_backbone(&backbone, &folder.join("backbone.pth"))?;
-        }
-    }
-    Ok(backbone)
-}
-
-impl Task {
-    fn new(set: PatchSet, spec: Option<&Spec>, args: &EvalArgs) -> Result<Self> {
-        let manifest = set.manifest();
-        ensure!(
-            set.index().is_labelled(),
-            "{}: no patch has a label; ingest class folders, or slides with label maps beside them",
-            args.data
-        );
-        let held_out = spec.filter(|s| s.config.data.holdout_fraction > 0.0);
-        let (train, test): (Vec<u32>, Vec<u32>) = if let Some(spec) = held_out {
-            let names: Vec<&str> = manifest.slides.iter().map(|s| s.name.as_str()).collect();
-            let split = spec.config.data.split(&names)?;
-            let numbers = |side: &[usize]| side.iter().filter_map(|&i| u32::try_from(i).ok()).collect();
-            (numbers(&split.train), numbers(&split.held_out))
-        } else {
-            let split = sgcl_patchset::split(manifest, set.index(), args.holdout_fraction, args.seed, 0)?;
-            (split.train, split.test)
+impl Work<'_> {
+    /// One encoder under every protocol.
+    fn evaluate(&self, name: &str, encoder: &Loaded, emit: &mut impl FnMut(Value)) -> Result<Value> {
+        let task = &self.task;
+        let mut progress = |what: String, done: u64, total: u64| {
+            emit(json!({ "progress": { "done": done, "total": total, "what": what } }));
         };
-        let (mut ids, mut labels, mut split) = (Vec::new(), Vec::new(), Split { train: Vec::new(), test: Vec::new() });
-        for (slides, half) in [(train, &mut split.train), (test, &mut split.test)] {
-            for id in set.subset(&slides)?.rows() {
-                if let Some(label) = set.index().label(id) {
-                    half.push(ids.len());
-                    ids.push(id);
-                    labels.push(i64::from(label));
-                }
+        let (arch, keys) = match encoder {
+            Loaded::Colour => (None, None),
+            Loaded::Network { backbone, keys } => (Some(backbone.arch().name()), keys.as_ref()),
+        };
+        let mut result = Map::new();
+        result.insert("weights".into(), json!(name));
+        result.insert("arch".into(), json!(arch));
+        result.insert("px".into(), json!(self.patches.px));
+        result.insert("classes".into(), json!(task.classes()));
+        for (half, rows) in [("train", &task.split.train), ("test", &task.split.test)] {
+            result.insert(format!("{half}_patches"), json!(rows.len()));
+            result.insert(format!("{half}_slides"), json!(task.slides_of(rows)));
+        }
+        result.insert("keys".into(), keys.map_or(Value::Null, keys_json));
+        let features = if self.protocols.iter().any(Protocol::is_frozen) {
+            let told = |done, total| progress(format!("features of {name}"), done, total);
+            let (features, id) = self.features(encoder, told)?;
+            result.insert("features".into(), json!({ "width": encoder.width(), "id": id }));
+            Some(features)
+        } else {
+            None
+        };
+        let bench = Bench { task, encoder, patches: &self.patches, args: self.args };
+        let (mut found, mut skipped) = (Vec::new(), Vec::new());
+        for protocol in &self.protocols {
+            let what = format!("{} of {name}", protocol.name());
+            match bench.run(protocol, features.as_ref(), |done, total| progress(what.clone(), done, total))? {
+                Ok(outcome) => found.push((protocol.clone(), result::of(&outcome, task, self.args.seed))),
+                Err(why) => skipped.push(json!({ "protocol": protocol.name(), "why": why })),
             }
         }
-        Ok(Self { set, ids, labels, split })
+        result::summary(&found, &mut result);
+        result.insert("bootstrap".into(), result::bootstrap(task));
+        result.insert("protocols".into(), found.into_iter().map(|(_, value)| value).collect());
+        result.insert("skipped".into(), Value::Array(skipped));
+        Ok(Value::Object(result))
     }
 
-    fn probe(&self, name: &str, arch: Arch, px: u32, features: &Tensor) -> Result<serde_json::Value> {
-        let classes = &self.set.manifest().classes;
-        let mut knn = serde_json::Map::new();
-        let mut best: Option<Scores> = None;
-        for k in NEIGHBOURS {
-            let scores = probe::knn(features, &self.labels, classes.len(), &self.split, k, KNN_TEMPERATURE)?;
-            knn.insert(k.to_string(), json!(scores.accuracy));
-            best = Some(scores);
+    /// (rows, width) frozen features of all labelled patches in host memory, from the cache where it has them, and their id.
+    fn features(&self, encoder: &Loaded, mut progress: impl FnMut(u64, u64)) -> Result<(Tensor, String)> {
+        let ids = &self.task.ids;
+        let device = if encoder.device() == Device::Cpu { "cpu" } else { "cuda" };
+        let (weights, data) = (encoder.content()?, &self.task.set.manifest().content_id);
+        let key = Key::new(&weights, data, self.patches.px, device, ids.len(), encoder.width());
+        if let Some(features) = self.cache.as_ref().and_then(|cache| cache.read(&key)) {
+            return Ok((features, key.id));
         }
-        let linear = probe::linear(features, &self.labels, classes.len(), &self.split, &LinearParams::default())?;
-        let knn_scores = best.context("no neighbours asked for")?;
-        Ok(json!({
-            "weights": name,
-            "arch": arch.name(),
-            "px": px,
-            "train_patches": self.split.train.len(),
-            "test_patches": self.split.test.len(),
-            "knn": knn,
-            "linear": linear.scores.accuracy,
-            "balanced": { "knn": knn_scores.balanced_accuracy, "linear": linear.scores.balanced_accuracy },
-            "macro_f1": { "knn": knn_scores.macro_f1, "linear": linear.scores.macro_f1 },
-            "classes": classes,
-            "confusion": linear.scores.confusion,
-        }))
+        let mut parts = Vec::new();
+        let mut done = 0;
+        for batch in ids.chunks(BATCH) {
+            let views = self.patches.views(batch, View::Whole, encoder)?;
+            parts.push(encoder.features(&views).to_device(Device::Cpu).to_kind(Kind::Float));
+            done += batch.len() as u64;
+            progress(done, ids.len() as u64);
+        }
+        ensure!(!parts.is_empty(), "the set has no labelled patch to extract features from");
+        let features = Tensor::cat(&parts, 0);
+        if let Some(cache) = &self.cache {
+            cache.write(&key, &features);
+        }
+        Ok((features, key.id))
     }
 }
 
-/// (n, Db) pooled features, in host memory.
-fn extract(
-    backbone: &Backbone,
-    reader: &ShardReader,
-    ids: &[u32],
-    px: u32,
-    mut progress: impl FnMut(usize),
-) -> Result<Tensor> {
-    let values = 3 * (px * px) as usize;
-    let side = i64::from(px);
-    let mut features = Vec::new();
-    let mut done = 0;
-    for batch in ids.chunks(BATCH) {
-        let mut views = vec![0_f32; batch.len() * values];
-        views.par_chunks_mut(values).zip(batch).try_for_each_init(
-            Renderer::new,
-            |renderer, (view, &id)| -> Result<()> {
-                let image = reader.decode_blocking(id)?;
-                renderer.eval_view(&RgbImage::new(image.width, image.height, image.pixels)?, px, view);
-                Ok(())
-            },
-        )?;
-        let input = Tensor::from_slice(&views).view([-1, 3, side, side]).to_device(Device::cuda_if_available());
-        features.push(tch::no_grad(|| backbone.features(&input, false)).to_device(Device::Cpu).to_kind(Kind::Float));
-        done += batch.len();
-        progress(done);
-    }
-    ensure!(!features.is_empty(), "the set has no labelled patch to extract features from");
-    Ok(Tensor::cat(&features, 0))
+fn keys_json(report: &LoadReport) -> Value {
+    json!({ "matched": report.matched, "prefix": report.prefix, "missing": report.missing, "unexpected": report.unexpected })
 }

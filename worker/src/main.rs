@@ -1,5 +1,5 @@
-//! `sgcl-worker`: what runs on a node. `node` supervises and calls no torch, `rank` trains, `eval` probes frozen features,
-//! `embed` writes features of slides.
+//! `sgcl-worker`: what runs on a node. `node` supervises and calls no torch, `rank` trains, `eval` evaluates encoders, `embed` writes
+//! features of slides.
 
 mod dial;
 mod embed;
@@ -30,7 +30,7 @@ enum Command {
     Node(supervisor::NodeArgs),
     /// Train as one rank
     Rank(rank::RankArgs),
-    /// Probe frozen features of a labelled patch set; JSON lines on standard output
+    /// Evaluate encoders on a labelled patch set; JSON lines on standard output
     Eval(eval::EvalArgs),
     /// Write features of slides in TRIDENT's and CLAM's layouts; JSON lines on standard output
     Embed(embed::EmbedArgs),

@@ -39,7 +39,7 @@ pub(crate) async fn main(args: ReportArgs, out: Out) -> Result<Exit> {
 }
 
 /// Beside the target, then renamed over it; a target that is no plain file (a pipe, a device) is written as it is.
-fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(super) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     if path.exists() && !path.is_file() {
         std::fs::OpenOptions::new().write(true).open(path)?.write_all(bytes)?;
         return Ok(());

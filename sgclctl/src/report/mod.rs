@@ -5,9 +5,12 @@
 mod bank;
 mod charts;
 mod data;
+mod evaluation;
 mod page;
 mod pictures;
+mod roc;
 mod slides;
 
 pub(crate) use data::{Facts, Wanted};
+pub(crate) use evaluation::EvalPage;
 pub(crate) use page::Page;

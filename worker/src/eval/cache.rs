@@ -17,6 +17,8 @@ use super::encoder::bytes;
 const PREPROCESSING: u32 = 1;
 /// What a file may hold beside its values.
 const HEADER_LIMIT: u64 = 64 << 10;
+/// Entry of a file's header that says what it holds.
+const SAID: &str = "features";
 
 /// A folder of features.
 pub(super) struct Cache {
@@ -40,6 +42,11 @@ impl Key {
         );
         let id = blake3::hash(text.as_bytes()).to_hex()[..32].to_owned();
         Self { text, id, rows, width: usize::try_from(width).unwrap_or(0) }
+    }
+
+    /// What a file of these values says of itself.
+    fn said(&self, values: &[u8]) -> String {
+        format!("{}\nblake3 {}", self.text, blake3::hash(values).to_hex())
     }
 }
 
@@ -80,12 +87,11 @@ impl Cache {
         let mut content = Vec::new();
         file.take(length).read_to_end(&mut content)?;
         let (_, header) = SafeTensors::read_metadata(&content)?;
-        let said = |name: &str| header.metadata().as_ref().and_then(|said| said.get(name).cloned());
-        ensure!(said("key").as_ref() == Some(&key.text), "it is of another key");
+        let said = header.metadata().as_ref().and_then(|said| said.get(SAID).cloned());
         let tensors = SafeTensors::deserialize(&content)?;
         let view = tensors.tensor("features")?;
         ensure!(view.dtype() == Dtype::F32 && view.shape() == [key.rows, key.width], "shape {:?}", view.shape());
-        ensure!(said("blake3") == Some(blake3::hash(view.data()).to_hex().to_string()), "its checksum is wrong");
+        ensure!(said == Some(key.said(view.data())), "its checksum is wrong, or it is of other features");
         let shape = [key.rows as i64, key.width as i64];
         Ok(Some(Tensor::f_from_data_size(view.data(), &shape, Kind::Float)?))
     }
@@ -100,10 +106,8 @@ impl Cache {
     fn put(&self, key: &Key, features: &Tensor) -> Result<()> {
         fs::create_dir_all(&self.folder)?;
         let data = bytes(features)?;
-        let said = HashMap::from([
-            ("key".to_owned(), key.text.clone()),
-            ("blake3".to_owned(), blake3::hash(&data).to_hex().to_string()),
-        ]);
+        // One entry: of several, a map would write another order each time.
+        let said = HashMap::from([(SAID.to_owned(), key.said(&data))]);
         let view = TensorView::new(Dtype::F32, vec![key.rows, key.width], &data)?;
         let content = safetensors::serialize([("features", view)], Some(said))?;
         // Beside the target, then renamed: another process reads all of it or nothing.

@@ -70,12 +70,19 @@ async fn finish(running: Running) {
     assert_eq!(outcome, Outcome::Finished);
 }
 
+#[rstest::rstest]
+#[case::sgcl("rank", &[])]
+// Its key encoder and queue are state too: checkpoints compare the weights of all ranks.
+#[case::moco_v2("rank-with-keys", &["bank.momentum=0", "method=moco-v2"])]
 #[tokio::test(flavor = "multi_thread")]
-async fn a_killed_rank_costs_no_step_and_its_replacement_is_fed_by_its_peers() {
+async fn a_killed_rank_costs_no_step_and_its_replacement_is_fed_by_its_peers(
+    #[case] name: &str,
+    #[case] sets: &[&str],
+) {
     let place = place().await;
-    let mut running = start(&place.bucket, &place.data, "rank", 2, 2, elastic(&[])).await;
+    let mut running = start(&place.bucket, &place.data, name, 2, 2, elastic(sets)).await;
     step(&mut running, 8).await;
-    assert!(ranks("rank")[1].signal(Signal::SIGKILL));
+    assert!(ranks(name)[1].signal(Signal::SIGKILL));
     let changes = changes(&mut running, 2).await;
     let (loss, growth) = (&changes[0], &changes[1]);
     assert!(loss.failure && loss.reason.contains("137"), "{loss:?}");
@@ -83,7 +90,7 @@ async fn a_killed_rank_costs_no_step_and_its_replacement_is_fed_by_its_peers() {
     assert!(!growth.failure, "{growth:?}");
     assert_eq!((growth.world_before, growth.world, growth.steps_lost, growth.from_commit), (3, 4, 0, None));
     finish(running).await;
-    let proof = proof(&place, "rank").await;
+    let proof = proof(&place, name).await;
     assert!(proof.holds(), "{:#?}", proof.problems);
     assert_eq!(proof.epochs.iter().map(|epoch| epoch.patches).collect::<Vec<_>>(), [162; 6]);
     assert!(proof.epochs.iter().any(|epoch| epoch.plans > 1), "the plan was made anew in mid-epoch");

@@ -37,6 +37,14 @@ pub enum Method {
     /// negative (the published code divides the sum by |M|, which changes no gradient). S, M and H are found as SGCL finds them;
     /// an anchor without S, or without M, is left out of that term's mean. The published projector is linear: `projector.layers: 1`.
     Sslp,
+    /// MoCo v2 (Chen et al. 2020): −log e^{q·k/T} / (e^{q·k/T} + Σ_Q e^{q·row/T}), T = `objective.t_instance`, published 0.2. q is the anchor's
+    /// global view; its key k a second global view, seen by a key encoder that keeps `objective.key_momentum` of itself in a step
+    /// and takes the rest from the trained one. Keys become their patches' bank rows as they are (`bank.momentum: 0`). The
+    /// queue Q are the rows of the `objective.negatives` patches trained on last, the anchor's own row left out; until as many
+    /// were trained on, random rows besides. A patch that comes again before it has left the queue stands there twice, with its
+    /// newest key. Views are the family's; MoCo blurs besides. BatchNorm is not shuffled over ranks: keys and queries of a
+    /// micro-batch are normalised by statistics of the same patches.
+    MocoV2,
 }
 
 impl Method {
@@ -67,6 +75,7 @@ impl Method {
             Self::NpidMcrop => "instance discrimination with local views (NPID)",
             Self::LocalAggregation => "local aggregation",
             Self::Sslp => "spatially guided self-supervised learning (SSLP)",
+            Self::MocoV2 => "momentum contrast (MoCo v2)",
         }
     }
 
@@ -75,11 +84,17 @@ impl Method {
     pub fn terms(self) -> &'static [&'static str] {
         match self {
             Self::Sgcl => &["intra", "inter", "inner"],
-            Self::Npid => &["intra"],
+            Self::Npid | Self::MocoV2 => &["intra"],
             Self::NpidMcrop => &["intra", "inner"],
             Self::LocalAggregation => &["inter"],
             Self::Sslp => &["intra", "spatial", "semantic"],
         }
+    }
+
+    /// Whether a key encoder makes the bank's rows.
+    #[must_use]
+    pub fn has_keys(self) -> bool {
+        matches!(self, Self::MocoV2)
     }
 
     /// Whether neighbours come in gradually, by METHOD's w(epoch). Where they are all there is they count in full.
@@ -346,7 +361,7 @@ impl Default for Optimizer {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Objective {
-    /// Random negatives of a query (K), a multiple of 4.
+    /// Random negatives of a query (K), or the queue's length; a multiple of 4.
     #[schemars(range(min = 4))]
     pub negatives: usize,
     /// Hard negatives of a query (H); at most `top_fraction` of the patches.
@@ -357,6 +372,8 @@ pub struct Objective {
     pub nearest: usize,
     /// Temperature of the intra and inner losses.
     pub t_instance: f64,
+    /// Share of the key encoder that a step keeps, of methods that have one.
+    pub key_momentum: f64,
     /// Temperature of the losses that neighbours make.
     pub t_spatial: f64,
     /// Spatial positives lie nearer than this, in grid units.
@@ -422,6 +439,7 @@ impl Default for Objective {
             hard: 4096,
             nearest: 4096,
             t_instance: 0.2,
+            key_momentum: 0.999,
             t_spatial: 0.07,
             radius: 3.0,
             aux: 1,

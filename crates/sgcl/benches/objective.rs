@@ -267,6 +267,7 @@ impl Case {
             q: &self.q,
             x: &self.x,
             ql: &self.ql,
+            keys: None,
             ids: &self.ids,
             spatial: &self.spatial,
             clusters,
@@ -374,7 +375,7 @@ fn network(args: &Args) -> Value {
     let model = Model::new("resnet18".parse().unwrap(), WIDTHS.dim, Device::Cpu);
     model.init(SEED);
     let images = |count, side| Tensor::randn([count, 3, side, side], (Kind::Float, Device::Cpu));
-    let views = Views { global: images(args.batch, 224), local: Some(images(4 * args.batch, 96)) };
+    let views = Views { global: images(args.batch, 224), local: Some(images(4 * args.batch, 96)), key: None };
     let mut seconds = Vec::new();
     for _ in 0..=args.repeat {
         let began = Instant::now();

@@ -9,6 +9,7 @@ pub mod image;
 mod init;
 pub mod kmeans;
 pub mod model;
+pub mod momentum;
 pub mod neighbours;
 pub mod objective;
 pub mod optim;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use tch::{Device, Tensor};
 
 use crate::backbone::{Arch, Backbone};
+use crate::momentum::Momentum;
 use crate::projector::{Projector, l2_normalize};
 use crate::weights::{self, LoadReport, WeightsError};
 
@@ -15,6 +16,8 @@ pub struct Views {
     pub global: Tensor,
     /// (4B, 3, L, L), corner-major: all tl, then tr, bl, br. `None` where a method has no local views.
     pub local: Option<Tensor>,
+    /// (B, 3, G, G): a second global view, for the key encoder where there is one.
+    pub key: Option<Tensor>,
 }
 
 /// What a forward pass gives the objective.
@@ -26,6 +29,8 @@ pub struct Outputs {
     pub x: Tensor,
     /// Projected local views, unit rows (4B, D), corner-major.
     pub ql: Option<Tensor>,
+    /// Keys of the second global views, unit rows (B, D), without gradient.
+    pub keys: Option<Tensor>,
 }
 
 /// A backbone and its projector.
@@ -35,22 +40,34 @@ pub struct Model {
     pub backbone: Backbone,
     /// The head that training alone uses.
     pub projector: Projector,
+    /// The encoder of keys, of methods that have one.
+    pub key: Option<Momentum>,
 }
 
 impl Model {
     /// A model with all weights zero, projecting to `dim`: call [`Model::init`] or [`Model::load_state`] before use.
     #[must_use]
     pub fn new(arch: Arch, dim: i64, device: Device) -> Self {
-        Model { backbone: Backbone::new(arch, device), projector: Projector::new(arch.width(), dim, device) }
+        Model { backbone: Backbone::new(arch, device), projector: Projector::new(arch.width(), dim, device), key: None }
     }
 
     /// The same with a projector of one linear layer.
     #[must_use]
     pub fn with_linear_projector(arch: Arch, dim: i64, device: Device) -> Self {
-        Model { backbone: Backbone::new(arch, device), projector: Projector::linear(arch.width(), dim, device) }
+        Model {
+            backbone: Backbone::new(arch, device),
+            projector: Projector::linear(arch.width(), dim, device),
+            key: None,
+        }
     }
 
-    /// Draws the initial weights: a pure function of `seed`.
+    /// The same with a key encoder, and a queue of `queue` bank rows.
+    #[must_use]
+    pub fn with_keys(arch: Arch, dim: i64, queue: i64, device: Device) -> Self {
+        Model { key: Some(Momentum::new(arch, dim, queue, device)), ..Self::new(arch, dim, device) }
+    }
+
+    /// Draws the initial weights: a pure function of `seed`. A key encoder begins with [`Momentum::begin`].
     pub fn init(&self, seed: u64) {
         self.backbone.init(seed, 0);
         self.projector.init(seed, self.backbone.parameters().len() as u64);
@@ -64,6 +81,7 @@ impl Model {
             q: self.projector.forward(&pooled),
             x: l2_normalize(&pooled.detach()),
             ql: views.local.as_ref().map(|local| self.projector.forward(&self.backbone.features(local, train))),
+            keys: self.key.as_ref().zip(views.key.as_ref()).map(|(key, views)| key.keys(views)),
         }
     }
 
@@ -84,7 +102,11 @@ impl Model {
     /// Everything a checkpoint must hold to continue bit for bit.
     #[must_use]
     pub fn state(&self) -> Vec<(String, Tensor)> {
-        prefixed("backbone", self.backbone.state()).chain(prefixed("projector", self.projector.parameters())).collect()
+        let key = self.key.as_ref().map(Momentum::state).unwrap_or_default();
+        prefixed("backbone", self.backbone.state())
+            .chain(prefixed("projector", self.projector.parameters()))
+            .chain(prefixed("key", key))
+            .collect()
     }
 
     /// Copies tensors named as [`Model::state`] names them.

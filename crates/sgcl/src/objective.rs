@@ -14,7 +14,7 @@
 //!
 //! | what | whole |
 //! |---|---|
-//! | queries | B·(5D + Db) |
+//! | queries | B·(5D + Db), where there are keys B·D more |
 //! | similarity to spatial neighbours (all-reduce) | B·L |
 //! | auxiliary anchors (all-reduce) | B·A·D, and B·(1 + A) labels of 8 bytes |
 //! | nearest scores | W·(1 + A)·B·c, c = `nearest`/W + 8·√(`nearest`/W) + 16 |
@@ -59,6 +59,9 @@ pub struct StepInputs<'a> {
     pub x: &'a Tensor,
     /// (4b, D) unit rows of the local views, corner-major (tl, tr, bl, br), with gradient; (4b, 0) where a method has none.
     pub ql: &'a Tensor,
+    /// (b, D) unit rows of the anchors' keys, no gradient: where given, they stand for the own rows in the intra term, and the global bank
+    /// takes them instead of `q`.
+    pub keys: Option<&'a Tensor>,
     /// Bank rows of every rank's anchors, by rank.
     pub ids: &'a [Vec<i64>],
     /// Spatial neighbours of each anchor, in the order of `ids`, from [`crate::neighbours::Lattice::neighbours`]. Looked at where a
@@ -163,8 +166,8 @@ pub fn step(
     check(inputs, banks, p, ring)?;
     let cx = Context { banks, params: p, ring, pool: inputs.pool };
     let (batch, found, sums) = tch::no_grad(|| -> Result<_, StepError> {
-        let StepInputs { q, x, ql, ids, .. } = *inputs;
-        let batch = Batch::gather(&Queries { q, x, ql, ids }, banks, ring)?;
+        let StepInputs { q, x, ql, keys, ids, .. } = *inputs;
+        let batch = Batch::gather(&Queries { q, x, ql, keys, ids }, banks, ring)?;
         let found = match p.inter {
             Inter::United | Inter::Apart => {
                 let positives = positives::find(&batch, inputs, &cx)?;
@@ -202,6 +205,9 @@ fn check(inputs: &StepInputs<'_>, banks: &Banks, p: &Params, ring: &dyn Collecti
         shape("x", vec![mine, db], inputs.x.size())?;
     }
     shape("ql", vec![4 * mine, local], inputs.ql.size())?;
+    if let Some(keys) = inputs.keys {
+        shape("keys", vec![mine, d], keys.size())?;
+    }
     if p.inner {
         shape("corner banks", vec![d], vec![local])?;
     }

@@ -231,11 +231,30 @@ fn views_depend_on_seed_epoch_and_patch_and_on_nothing_else() {
 }
 
 #[test]
+fn a_key_view_is_another_global_one_and_leaves_the_others_as_they_were() {
+    let params = ViewParams { global_px: 32, local_px: 16, ..ViewParams::default() };
+    let patches: Vec<(u64, RgbImage)> = (0..3).map(|id| (id, noise(64, id))).collect();
+    let (without, with) = (
+        render_batch(&params, &patches, 7, 2),
+        render_batch(&ViewParams { key: true, ..params.clone() }, &patches, 7, 2),
+    );
+    assert!(without.key.is_empty() && without.to_views(tch::Device::Cpu).key.is_none());
+    assert_eq!((&with.global, &with.local), (&without.global, &without.local));
+    assert_eq!(with.key.len(), with.global.len());
+    let side = 3 * 32 * 32;
+    for row in 0..3 {
+        assert_ne!(with.key[row * side..][..side], with.global[row * side..][..side]);
+    }
+    assert_eq!(with.to_views(tch::Device::Cpu).key.unwrap().size(), [3, 3, 32, 32]);
+}
+
+#[test]
 fn draws_are_pinned_because_runs_on_disk_depend_on_them() {
-    let PatchDraw { global, local } = draw_patch(&ViewParams::default(), 256, 256, 1, 2, 3);
+    let PatchDraw { global, local, key } = draw_patch(&ViewParams::default(), 256, 256, 1, 2, 3);
     let numbers = [global.crop, local[3].crop].map(|crop| [crop.left, crop.top, crop.width, crop.height]);
     assert_eq!(numbers, [[19, 96, 159, 140], [131, 182, 67, 73]]);
     assert_eq!((global.jitter.hue * 1e6).round(), 140_314.0);
+    assert!(key.is_none());
 }
 
 #[test]

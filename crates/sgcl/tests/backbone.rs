@@ -97,7 +97,7 @@ fn a_forward_pass_gives_unit_rows_and_no_gradient_through_x() {
     let model = Model::new(Arch::ResNet18, 128, Device::Cpu);
     model.init(seed());
     let noise = |n: i64, px: i64| Tensor::randn([n, 3, px, px], (Kind::Float, Device::Cpu));
-    let out = model.forward(&Views { global: noise(2, 64), local: Some(noise(8, 32)) }, true);
+    let out = model.forward(&Views { global: noise(2, 64), local: Some(noise(8, 32)), key: None }, true);
     let ql = out.ql.unwrap();
     assert_eq!((out.q.size(), out.x.size(), ql.size()), (vec![2, 128], vec![2, 512], vec![8, 128]));
     for rows in [&out.q, &out.x, &ql] {
@@ -114,7 +114,7 @@ fn globals_and_locals_pass_batchnorm_apart() {
         model.init(1);
         let ramp =
             |n: i64, px: i64| Tensor::arange(n * 3 * px * px, (Kind::Float, Device::Cpu)).sin().view([n, 3, px, px]);
-        let views = Views { global: ramp(2, 64), local: with_local.then(|| ramp(8, 32) * 3.0) };
+        let views = Views { global: ramp(2, 64), local: with_local.then(|| ramp(8, 32) * 3.0), key: None };
         model.forward(&views, true).q.detach()
     };
     assert_eq!(stats(true), stats(false), "the locals change what the globals become");

@@ -52,6 +52,9 @@ struct Case {
     x: Tensor,
     /// Rows of the sample looked through; none where all are.
     sample: Option<i64>,
+    /// (B, D) and rows of the queue, of a method with keys.
+    keys: Option<Tensor>,
+    queue: Vec<i64>,
 }
 
 impl Case {
@@ -72,7 +75,7 @@ impl Case {
         let labels = Tensor::stack(&[patches.remainder(CLUSTERS), second], 0);
         // The last two have the anchor's labels: they may be semantic positives too.
         let spatial = ids.iter().map(|id| (id + 1..id + 3 + id % 4).chain([id + 42, id + 84]).collect()).collect();
-        Self { params, rows, labels, ids, spatial, q, x, sample }
+        Self { params, rows, labels, ids, spatial, q, x, sample, keys: None, queue: Vec::new() }
     }
 
     fn double(&self) -> (Tensor, Tensor) {
@@ -144,6 +147,7 @@ fn rank(ring: &Threads, case: &Case) -> Outcome {
     let (from, count) = (part(rank).start as i64, part(rank).len() as i64);
     let q = case.q.narrow(0, from, count).copy().set_requires_grad(true);
     let labels = joint_labels(&case.labels, CLUSTERS).index_select(0, banks.slot_rows());
+    let keys = case.keys.as_ref().map(|keys| keys.narrow(0, from, count));
     let pool = match case.sample {
         None => Pool::exact(&banks),
         Some(count) => Pool::sampled(&banks, count, seed(), 1, 2),
@@ -153,12 +157,13 @@ fn rank(ring: &Threads, case: &Case) -> Outcome {
             q: &q,
             x: &case.x.narrow(0, from, count),
             ql: &Tensor::zeros([4 * count, 0], CPU),
+            keys: keys.as_ref(),
             ids: &ids,
             spatial: &case.spatial,
             clusters: &labels,
             pool: &pool,
             hard_ranks: &rows_of(&case.hard_ranks()),
-            negatives: &Negatives::Shared(Vec::new()),
+            negatives: &Negatives::Shared(case.queue.clone()),
             key: HardKey::default(),
             inter_weight: WEIGHT,
         },
@@ -169,6 +174,9 @@ fn rank(ring: &Threads, case: &Case) -> Outcome {
     .unwrap();
     let share = count as f64 / ANCHORS as f64;
     (&out.total * share).backward();
+    // What the bank is to take, of all ranks' anchors.
+    let written = case.keys.as_ref().unwrap_or(&case.q);
+    assert!(out.features.global.allclose(written, 0.0, 0.0, false), "rank {rank} would write other rows");
     let losses = [&out.intra, &out.inter, &out.spatial, &out.semantic, &out.total];
     Outcome { losses: losses.map(|l| l.double_value(&[]) * share).to_vec(), gradient: values(&q.grad()) }
 }
@@ -350,6 +358,35 @@ fn an_anchor_without_neighbours_has_an_intra_term_alone() {
     let expected = [intra, Tensor::from(0.0), spatial, semantic, total].map(|t| t.double_value(&[]));
     agree("losses", &found.losses, &expected);
     agree("gradient", &found.gradient, &values(&q.grad()));
+}
+
+#[test]
+fn moco_tells_this_steps_keys_from_the_queue_on_any_number_of_ranks() {
+    let make = || {
+        let params = Params { inner: false, inter: Inter::None, negatives: 40, ..Params::default() };
+        let mut case = Case::new(params, None);
+        case.keys = Some(unit(&(&case.q + case.rows.global.narrow(0, 100, ANCHORS) * 0.5)));
+        // An own row among them, and one that stands there twice.
+        case.queue = (200..238).chain([case.ids[0], 200]).collect();
+        case
+    };
+    let case = make();
+    let (q, rows) = case.double();
+    let keys = case.keys.as_ref().unwrap().to_kind(Kind::Double);
+    let queue = rows_of(&case.queue);
+    let own = rows_of(&case.ids).unsqueeze(1).eq_tensor(&queue.unsqueeze(0));
+    let e = |s: Tensor| (s / case.params.t_instance).exp();
+    let positive = e(sum(&(&q * &keys)));
+    let negatives = e(q.matmul(&rows.index_select(0, &queue).tr())) * own.logical_not();
+    let loss = (&positive / (&positive + sum(&negatives))).log().mean(Kind::Double).neg();
+    loss.backward();
+    let loss = loss.double_value(&[]);
+    for world in 1..=4 {
+        let found = outcome(world, make);
+        let what = format!("{world} ranks");
+        agree(&what, &found.losses, &[loss, 0.0, 0.0, 0.0, loss]);
+        agree(&what, &found.gradient, &values(&q.grad()));
+    }
 }
 
 #[test]

@@ -244,7 +244,7 @@ impl Trainer {
     /// The state that a run begins with.
     pub(crate) fn fresh(&mut self) -> Result<()> {
         self.empty();
-        setup::first_weights(&self.learner.model, &self.spec.config)?;
+        setup::first_weights(&self.learner.model, &self.spec.config, self.layout.n)?;
         self.learner.sgd.load_state([])?;
         self.learner.last.clear();
         self.label(false);

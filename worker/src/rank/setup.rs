@@ -159,7 +159,9 @@ fn learner(spec: &Spec, set: &PatchSet, subset: &Subset, device: Device) -> Resu
     params.check(n)?;
     let arch: sgcl::backbone::Arch = config.backbone.arch.name().parse()?;
     let dim = i64::try_from(config.projector.dim)?;
-    let model = if config.projector.layers == 1 {
+    let model = if config.method.has_keys() {
+        Model::with_keys(arch, dim, params.negatives, device)
+    } else if config.projector.layers == 1 {
         Model::with_linear_projector(arch, dim, device)
     } else {
         Model::new(arch, dim, device)
@@ -175,18 +177,24 @@ fn learner(spec: &Spec, set: &PatchSet, subset: &Subset, device: Device) -> Resu
     let clusters = Tensor::zeros([0], (Kind::Int64, device));
     let hard_ranks = HardRanks::new(0, 0, config.objective.hard_beta);
     let draws = Draws { seed: config.seed, hard_ranks, candidates: Candidates::Exact };
+    let key_momentum = config.objective.key_momentum;
     let last = Vec::new();
-    Ok((layout, Learner { model, sgd, held, clusters, last, lattice, params, draws, device, reducer: None }))
+    let learner =
+        Learner { model, sgd, held, clusters, last, lattice, params, draws, key_momentum, device, reducer: None };
+    Ok((layout, learner))
 }
 
 /// Random weights or those of a file: where a run begins.
-pub(crate) fn first_weights(model: &Model, config: &RunConfig) -> Result<()> {
+pub(crate) fn first_weights(model: &Model, config: &RunConfig, n: i64) -> Result<()> {
     model.init(config.seed);
     if let Some(file) = &config.backbone.pretrained {
         let report = weights::load_backbone(&model.backbone, std::path::Path::new(file))?;
         if !report.missing.is_empty() || !report.unexpected.is_empty() {
             tracing::warn!(missing = ?report.missing, unexpected = ?report.unexpected, "keys of {file} that did not match");
         }
+    }
+    if let Some(key) = &model.key {
+        key.begin(&model.backbone, &model.projector, config.seed, n);
     }
     Ok(())
 }
@@ -247,7 +255,7 @@ fn params(config: &RunConfig) -> Result<Params> {
             config::Method::Sgcl => Inter::United,
             config::Method::LocalAggregation => Inter::Aggregated,
             config::Method::Sslp => Inter::Apart,
-            config::Method::Npid | config::Method::NpidMcrop => Inter::None,
+            config::Method::Npid | config::Method::NpidMcrop | config::Method::MocoV2 => Inter::None,
         },
         inner: config.method.has_local_views(),
         radius: objective.radius,
@@ -271,6 +279,7 @@ fn views(config: &RunConfig) -> ViewParams {
     ViewParams {
         global_px: views.global_px,
         local_px: if config.method.has_local_views() { views.local_px } else { 0 },
+        key: config.method.has_keys(),
         global_scale: views.global_scale.into(),
         local_scale: views.local_scale.into(),
         ..ViewParams::default()

@@ -34,6 +34,8 @@ pub(crate) struct Learner {
     pub(crate) lattice: Lattice,
     pub(crate) params: Params,
     pub(crate) draws: Draws,
+    /// Share of the key encoder that a step keeps, where there is one.
+    pub(crate) key_momentum: f64,
     pub(crate) device: Device,
     /// Averages gradients over ranks while backward runs; none in a world of one.
     pub(crate) reducer: Option<Reducer>,
@@ -121,6 +123,10 @@ impl Learner {
         let passes = 1 + u64::from(self.params.inner);
         self.model.backbone.set_batches_tracked(i64::try_from(passes * (plan.total + 1))?);
         self.sgd.step(plan.lr);
+        if let Some(key) = &self.model.key {
+            key.follow(&self.model.backbone, &self.model.projector, self.key_momentum);
+            key.enqueue(&plan.rows.concat());
+        }
         // After all lanes: what a step sees of the bank does not depend on how its lanes are dealt.
         self.last = features
             .into_iter()
@@ -161,12 +167,13 @@ impl Learner {
         let initial = self.model.backbone.bn_stats();
         let lanes = batches.len();
         for (offset, batch) in batches.into_iter().enumerate() {
-            let Outputs { q, x, ql } = tch::no_grad(|| self.forward(&batch))?;
+            let Outputs { q, x, ql, keys } = tch::no_grad(|| self.forward(&batch))?;
             // Seen in training mode, by the batch's own statistics; the running ones begin with the first step.
             self.model.backbone.set_bn_stats(&initial);
             let ids = every(rows, offset, lanes);
             let ql = ql.unwrap_or_else(|| self.no_local(&q));
-            let features = objective::gather(&Queries { q: &q, x: &x, ql: &ql, ids: &ids }, &self.held.banks, ring)?;
+            let queries = Queries { q: &q, x: &x, ql: &ql, keys: keys.as_ref(), ids: &ids };
+            let features = objective::gather(&queries, &self.held.banks, ring)?;
             self.held.banks.apply(&ids.concat(), &features, 1.0)?;
         }
         Ok(())
@@ -239,7 +246,8 @@ impl Learner {
         if batch.patches.is_empty() {
             let Widths { dim, backbone, .. } = self.held.banks.widths();
             let none = |width| Tensor::zeros([0, width], (Kind::Float, self.device));
-            return Ok(Outputs { q: none(dim), x: none(backbone), ql: self.params.inner.then(|| none(dim)) });
+            let (ql, keys) = (self.params.inner.then(|| none(dim)), self.model.key.as_ref().map(|_| none(dim)));
+            return Ok(Outputs { q: none(dim), x: none(backbone), ql, keys });
         }
         Ok(self.model.forward(&batch.views.to_views(self.device), true))
     }
@@ -257,13 +265,17 @@ impl Learner {
         let (epoch, step) = (plan.epoch, plan.step);
         let k = if self.params.draws() { usize::try_from(self.params.negatives)? } else { 0 };
         // Drawn for the step, whatever its lanes: the law that each query sees is the same.
-        let negatives = draws::negatives(*seed, epoch, step, 0, k, self.held.banks.len());
+        let negatives = match &self.model.key {
+            Some(key) => key.queue(),
+            None => draws::negatives(*seed, epoch, step, 0, k, self.held.banks.len()),
+        };
         let ranks = if self.params.ranks() { hard_ranks.draw(*seed, epoch, step, 0) } else { Vec::new() };
         Ok(objective::step(
             &StepInputs {
                 q: &output.q,
                 x: &output.x,
                 ql: output.ql.as_ref().unwrap_or(&no_local),
+                keys: output.keys.as_ref(),
                 ids: &ids,
                 spatial: &spatial,
                 clusters: &self.clusters,

@@ -59,6 +59,14 @@ impl RunConfig {
         );
         need(j.hard >= 1, "objective.hard must be at least 1".into());
         need(j.nearest >= 1, "objective.nearest must be at least 1".into());
+        need(
+            (0.0..=1.0).contains(&j.key_momentum),
+            format!("objective.key_momentum {} is not in [0, 1]", j.key_momentum),
+        );
+        need(
+            !self.method.has_keys() || self.bank.momentum == 0.0,
+            format!("bank.momentum {}: a queue holds keys as they are; set bank.momentum to 0", self.bank.momentum),
+        );
         need(positive(j.t_instance), format!("objective.t_instance {} must be above 0", j.t_instance));
         need(positive(j.t_spatial), format!("objective.t_spatial {} must be above 0", j.t_spatial));
         need(
@@ -114,6 +122,13 @@ impl RunConfig {
             problems.push(format!(
                 "a step takes batch.per_rank {} × batch.accumulate {} × {ranks} rank(s) = {batch} patches, the set has {patches}",
                 self.batch.per_rank, self.batch.accumulate
+            ));
+        }
+        if self.method.has_keys() && j.negatives as u64 > patches {
+            problems.push(format!(
+                "objective.negatives {}, the queue, is above the {patches} patches: set it to {} or less",
+                j.negatives,
+                patches / 4 * 4
             ));
         }
         let (inter, hard) = (self.method.has_inter(), self.method.has_hard());

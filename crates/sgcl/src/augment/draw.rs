@@ -12,6 +12,8 @@ pub struct ViewParams {
     pub global_px: u32,
     /// Side of the four local views, pixels; 0 where a method has none.
     pub local_px: u32,
+    /// Whether there is a second global view, for the key encoder.
+    pub key: bool,
     /// Share of the patch's area that the global crop covers, from and to.
     pub global_scale: (f64, f64),
     /// Share of a quadrant's area that a local crop covers, from and to.
@@ -37,6 +39,7 @@ impl Default for ViewParams {
         ViewParams {
             global_px: 224,
             local_px: 96,
+            key: false,
             global_scale: (0.2, 1.0),
             local_scale: (0.2, 0.56),
             ratio: (3.0 / 4.0, 4.0 / 3.0),
@@ -111,6 +114,8 @@ pub struct PatchDraw {
     pub global: ViewDraw,
     /// Of its quadrants: tl, tr, bl, br.
     pub local: [ViewDraw; 4],
+    /// Of the whole patch again, where a method has keys.
+    pub key: Option<ViewDraw>,
 }
 
 /// The views of one patch in one epoch: a pure function of its arguments, whichever rank calls it.
@@ -118,10 +123,10 @@ pub struct PatchDraw {
 pub fn draw_patch(params: &ViewParams, width: u32, height: u32, seed: u64, epoch: u64, patch: u64) -> PatchDraw {
     let mut rng = rng(seed, Purpose::Augment, epoch, patch);
     let whole = Crop { left: 0, top: 0, width, height };
-    PatchDraw {
-        global: draw_view(params, whole, params.global_scale, &mut rng),
-        local: quadrants(width, height).map(|quadrant| draw_view(params, quadrant, params.local_scale, &mut rng)),
-    }
+    let global = draw_view(params, whole, params.global_scale, &mut rng);
+    let local = quadrants(width, height).map(|quadrant| draw_view(params, quadrant, params.local_scale, &mut rng));
+    let key = params.key.then(|| draw_view(params, whole, params.global_scale, &mut rng));
+    PatchDraw { global, local, key }
 }
 
 /// Top left, top right, bottom left, bottom right quarter. Of an odd side the middle line belongs to neither half.

@@ -125,6 +125,8 @@ pub struct ViewBatch {
     pub global: Vec<f32>,
     /// (4B, 3, L, L), corner-major, row-major.
     pub local: Vec<f32>,
+    /// (B, 3, G, G), row-major; empty where a method has no keys.
+    pub key: Vec<f32>,
 }
 
 impl ViewBatch {
@@ -138,19 +140,25 @@ impl ViewBatch {
             local_px: params.local_px,
             global: vec![0.0; values(params.global_px, 1)],
             local: vec![0.0; values(params.local_px, 4)],
+            key: vec![0.0; values(params.global_px, usize::from(params.key))],
         }
     }
 
-    /// For each patch the place of its global view and of its four local views.
+    /// For each patch the places of its views.
     pub fn slots(&mut self) -> Vec<ViewSlot<'_>> {
         let (global, local) =
             (3 * (self.global_px * self.global_px) as usize, 3 * (self.local_px * self.local_px) as usize);
         let corner = (local * self.len).max(1);
         let mut corners: Vec<_> =
             self.local.chunks_exact_mut(corner).map(|corner| corner.chunks_exact_mut(local.max(1))).collect();
+        let mut keys = self.key.chunks_exact_mut(global);
         self.global
             .chunks_exact_mut(global)
-            .map(|global| ViewSlot { global, local: corners.iter_mut().filter_map(Iterator::next).collect() })
+            .map(|global| ViewSlot {
+                global,
+                local: corners.iter_mut().filter_map(Iterator::next).collect(),
+                key: keys.next(),
+            })
             .collect()
     }
 
@@ -161,7 +169,8 @@ impl ViewBatch {
             Tensor::from_slice(values).view([-1, 3, i64::from(px), i64::from(px)]).to_device(device)
         };
         let local = (self.local_px > 0).then(|| tensor(&self.local, self.local_px));
-        Views { global: tensor(&self.global, self.global_px), local }
+        let key = (!self.key.is_empty()).then(|| tensor(&self.key, self.global_px));
+        Views { global: tensor(&self.global, self.global_px), local, key }
     }
 }
 
@@ -170,6 +179,7 @@ impl ViewBatch {
 pub struct ViewSlot<'a> {
     global: &'a mut [f32],
     local: Vec<&'a mut [f32]>,
+    key: Option<&'a mut [f32]>,
 }
 
 impl ViewSlot<'_> {
@@ -178,6 +188,9 @@ impl ViewSlot<'_> {
         renderer.view(image, &draw.global, params.global_px, self.global);
         for (slot, draw) in self.local.iter_mut().zip(&draw.local) {
             renderer.view(image, draw, params.local_px, slot);
+        }
+        if let (Some(slot), Some(draw)) = (&mut self.key, &draw.key) {
+            renderer.view(image, draw, params.global_px, slot);
         }
     }
 }

@@ -24,6 +24,8 @@ pub struct Queries<'a> {
     pub x: &'a Tensor,
     /// (4b, D) unit rows of the local views, corner-major; (4b, 0) where a method has none.
     pub ql: &'a Tensor,
+    /// (b, D) unit rows that the global bank takes, where these are not `q`.
+    pub keys: Option<&'a Tensor>,
     /// Bank rows of every rank's anchors, by rank.
     pub ids: &'a [Vec<i64>],
 }
@@ -47,6 +49,8 @@ pub(super) struct Batch {
     pub(super) x: Tensor,
     /// By corner, (B, D).
     pub(super) ql: [Tensor; 4],
+    /// (B, D), where the global bank takes others than `q`.
+    keys: Option<Tensor>,
     /// Places of the real anchors.
     pub(super) real: Vec<i64>,
     /// Anchors of this rank that are real.
@@ -61,7 +65,9 @@ impl Batch {
         let corners = queries.ql.view([4, mine, local]).transpose(0, 1).reshape([mine, 4 * local]);
         // A bank of width 0 takes nothing.
         let x = queries.x.narrow(1, 0, db);
-        let packed = Tensor::cat(&[queries.q, &x, &corners], 1).to_kind(Kind::Float);
+        let mut packed = vec![queries.q, &x, &corners];
+        packed.extend(queries.keys);
+        let packed = Tensor::cat(&packed, 1).to_kind(Kind::Float);
         let packed = ring.all_gather(&packed.constant_pad_nd([0, 0, 0, longest - mine]))?;
         let column = |from, width| packed.narrow(1, from, width).contiguous();
         let mut ids = Vec::new();
@@ -75,6 +81,7 @@ impl Batch {
             q: column(0, d),
             x: column(d, db),
             ql: [0, 1, 2, 3].map(|corner| column(d + db + corner * local, local)),
+            keys: queries.keys.map(|_| column(d + db + 4 * local, d)),
             real,
             mine,
         })
@@ -110,7 +117,7 @@ impl Batch {
 
     pub(super) fn features(&self) -> BankRows {
         BankRows {
-            global: self.real_rows(&self.q),
+            global: self.real_rows(self.keys.as_ref().unwrap_or(&self.q)),
             backbone: self.real_rows(&self.x),
             corners: self.ql.each_ref().map(|corner| self.real_rows(corner)),
         }

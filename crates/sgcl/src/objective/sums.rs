@@ -18,7 +18,7 @@ pub(super) struct Sums {
     neighbours: Neighbours,
 }
 
-/// An anchor's own row (b, D) and the pull of its negatives.
+/// An anchor's own row, or key, (b, D) and the pull of its negatives.
 struct Instance {
     own: Tensor,
     negatives: Pull,
@@ -72,7 +72,10 @@ impl Sums {
         // Taken in the order they were put in.
         let mut next = || parts.next().unwrap_or_else(|| Tensor::zeros([0], (Kind::Float, mine.device())));
         let mut instance = || Instance { own: next(), negatives: Pull { sum: next(), rows: next() } };
-        let global = p.intra.then(&mut instance);
+        let mut global = p.intra.then(&mut instance);
+        if let (Some(instance), Some(keys)) = (&mut global, inputs.keys) {
+            instance.own = keys.to_kind(p.kind());
+        }
         let corners = if p.inner { vec![instance(), instance(), instance(), instance()] } else { Vec::new() };
         Ok(Self { global, corners, neighbours: Neighbours::of(p.inter, &mut next) })
     }

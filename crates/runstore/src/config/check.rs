@@ -49,6 +49,10 @@ impl RunConfig {
             self.variant == Variant::Exact || self.method.has_released(),
             "variant: released repeats SGCL's published code; this method has variant: exact alone".into(),
         );
+        need(
+            self.projector.layers == 2 || !self.method.has_keys(),
+            format!("projector.layers {} is not 2: moco-v2 is MoCo with a head of two layers", self.projector.layers),
+        );
         let j = &self.objective;
         need(
             j.negatives >= 4 && j.negatives.is_multiple_of(4),

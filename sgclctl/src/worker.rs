@@ -1,9 +1,17 @@
-//! Finding `sgcl-worker`, the program that holds torch: `sgclctl` does without.
+//! `sgcl-worker`, the program that holds torch: where it is, and what it says when it fails. `sgclctl` does without torch.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::ChildStderr;
 
 use crate::error::Failure;
 use crate::exit::Exit;
+use crate::output::Out;
+
+/// Lines of the worker's log that are kept for an error.
+const LAST_LINES: usize = 20;
 
 /// `SGCL_WORKER`, else the program beside this one.
 ///
@@ -29,4 +37,36 @@ pub(crate) fn find() -> Result<PathBuf, Failure> {
                 .hint("build it with `make build`, or set SGCL_WORKER to where it is"))
         }
     }
+}
+
+/// What the worker said last: its `error:` line where there is one.
+pub(crate) fn failure(code: Option<i32>, words: &[String]) -> Failure {
+    let last = words.iter().rposition(|line| line.starts_with("error: ")).map_or(words, |at| &words[at..]);
+    let text = last.join("\n");
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let exit = code.map_or(Exit::Failed, Exit::of_worker);
+    match text.rsplit_once("; ").filter(|_| !text.contains('\n')) {
+        Some((what, remedy)) => Failure::new(exit, what).hint(remedy),
+        None if text.is_empty() => Failure::new(exit, format!("sgcl-worker ended with {code:?} and said nothing"))
+            .hint("SGCL_LOG=debug makes it say more"),
+        None => Failure::new(exit, text),
+    }
+}
+
+/// Reads its log to the end: the last lines. What it warns of concerns the user, and is passed on.
+pub(crate) async fn last_words(out: Out, stderr: ChildStderr) -> Vec<String> {
+    let mut kept = VecDeque::with_capacity(LAST_LINES);
+    let mut lines = BufReader::new(stderr).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        if let Some(words) = line.trim_start().strip_prefix("WARN ") {
+            let words = words.split_once(": ").map_or(words, |(_, words)| words);
+            out.note(format!("warning: {words}"));
+        }
+        tracing::info!(target: "worker", "{line}");
+        if kept.len() == LAST_LINES {
+            kept.pop_front();
+        }
+        kept.push_back(line);
+    }
+    kept.into()
 }

@@ -57,7 +57,7 @@ async fn patches(args: &EmbedArgs, url: &str, to: &Store, out: Out) -> Result<Ex
         let rows = slides.iter().map(|slide| (slide.name.clone(), u64::from(slide.patches), slide.mpp));
         return dry(&rows.collect::<Vec<_>>(), &[], out);
     }
-    let mut child = Child::start(args, Some(url), &BTreeMap::new())?;
+    let mut child = Child::start(args, Some(url), &BTreeMap::new(), out)?;
     let mut shown = Shown::new(out, slides.len(), Some(set.manifest().patches));
     while let Some(message) = child.next().await? {
         shown.take(&message)?;
@@ -76,7 +76,7 @@ async fn slides(args: EmbedArgs, to: &Store, out: Out) -> Result<Exit> {
         bar.finish_and_clear();
         return dry(&opened, &skipped, out);
     }
-    let mut child = Child::start(&args, None, &settings(&args, &options))?;
+    let mut child = Child::start(&args, None, &settings(&args, &options), out)?;
     let mut shown = Shown::new(out, found.len(), None);
     let Some(ready) = child.ready().await? else {
         return Err(Failure::new(Exit::Failed, "sgcl-worker ended before it began").into());

@@ -1,22 +1,18 @@
 //! `sgcl-worker embed`, started and listened to.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::process::Stdio;
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, BufReader, Lines};
-use tokio::process::{ChildStderr, ChildStdout, Command};
+use tokio::process::{ChildStdout, Command};
 use tokio::task::JoinHandle;
 
 use crate::cli::embed::EmbedArgs;
-use crate::error::Failure;
-use crate::exit::Exit;
+use crate::output::Out;
 use crate::worker;
-
-/// Lines of the worker's log that are kept for an error.
-const LAST_LINES: usize = 20;
 
 /// A worker that embeds.
 pub(super) struct Child {
@@ -34,7 +30,12 @@ pub(super) struct Ready {
 
 impl Child {
     /// Starts it over a patch set, or over slides that come on its standard input.
-    pub(super) fn start(args: &EmbedArgs, data: Option<&str>, settings: &BTreeMap<String, Value>) -> Result<Self> {
+    pub(super) fn start(
+        args: &EmbedArgs,
+        data: Option<&str>,
+        settings: &BTreeMap<String, Value>,
+        out: Out,
+    ) -> Result<Self> {
         let mut command = Command::new(worker::find()?);
         command.args(["embed", "--to", &args.to, "--weights", &args.weights, "--layout", &args.layout]);
         command.args(["--device", &args.device, "--seed", &args.seed.to_string()]);
@@ -55,7 +56,7 @@ impl Child {
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut process = command.spawn().context("cannot start sgcl-worker")?;
         let lines = process.stdout.take().map(|stdout| BufReader::new(stdout).lines());
-        let words = process.stderr.take().map(|stderr| tokio::spawn(last_words(stderr)));
+        let words = process.stderr.take().map(|stderr| tokio::spawn(worker::last_words(out, stderr)));
         Ok(Self { process, lines, words })
     }
 
@@ -96,33 +97,6 @@ impl Child {
             Some(words) => words.await.unwrap_or_default(),
             None => Vec::new(),
         };
-        Err(failure(ended.code(), &words).into())
+        Err(worker::failure(ended.code(), &words).into())
     }
-}
-
-/// What the worker said last: its `error:` line where there is one.
-fn failure(code: Option<i32>, words: &[String]) -> Failure {
-    let last = words.iter().rposition(|line| line.starts_with("error: ")).map_or(words, |at| &words[at..]);
-    let text = last.join("\n");
-    let text = text.strip_prefix("error: ").unwrap_or(&text);
-    let exit = code.map_or(Exit::Failed, Exit::of_worker);
-    match text.rsplit_once("; ").filter(|_| !text.contains('\n')) {
-        Some((what, remedy)) => Failure::new(exit, what).hint(remedy),
-        None if text.is_empty() => Failure::new(exit, format!("sgcl-worker ended with {code:?} and said nothing"))
-            .hint("SGCL_LOG=debug makes it say more"),
-        None => Failure::new(exit, text),
-    }
-}
-
-async fn last_words(stderr: ChildStderr) -> Vec<String> {
-    let mut kept = VecDeque::with_capacity(LAST_LINES);
-    let mut lines = BufReader::new(stderr).lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        tracing::info!(target: "worker", "{line}");
-        if kept.len() == LAST_LINES {
-            kept.pop_front();
-        }
-        kept.push_back(line);
-    }
-    kept.into()
 }

@@ -5,17 +5,12 @@ use std::process::Stdio;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use serde_json::Value;
-use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
 
 use crate::cli::eval::EvalArgs;
-use crate::error::Failure;
-use crate::exit::Exit;
 use crate::output::Out;
 use crate::{progress, worker};
-
-/// Lines of the worker's log that are kept for an error.
-const LAST_LINES: usize = 20;
 
 /// Runs `sgcl-worker eval` and returns its results.
 pub(super) async fn results(args: &EvalArgs, out: Out) -> Result<Vec<Value>> {
@@ -41,7 +36,7 @@ pub(super) async fn results(args: &EvalArgs, out: Out) -> Result<Vec<Value>> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let mut child = command.spawn().context("cannot start sgcl-worker")?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
-    let words = tokio::spawn(last_words(out, stderr));
+    let words = stderr.map(|stderr| tokio::spawn(worker::last_words(out, stderr)));
 
     let bar = progress::bar(out, 0, "{wide_msg}\n{wide_bar:.cyan/dim} {pos}/{len}");
     let mut results = Vec::new();
@@ -62,44 +57,14 @@ pub(super) async fn results(args: &EvalArgs, out: Out) -> Result<Vec<Value>> {
     }
     bar.finish_and_clear();
     let ended = child.wait().await?;
-    let words = words.await.unwrap_or_default();
     if !ended.success() {
-        return Err(failure(ended.code(), &words).into());
+        let words = match words {
+            Some(words) => words.await.unwrap_or_default(),
+            None => Vec::new(),
+        };
+        return Err(worker::failure(ended.code(), &words).into());
     }
     Ok(results)
-}
-
-/// What the worker said last: its `error:` line where there is one.
-fn failure(code: Option<i32>, words: &[String]) -> Failure {
-    let last = words.iter().rposition(|line| line.starts_with("error: ")).map_or(words, |at| &words[at..]);
-    let text = last.join("\n");
-    let text = text.strip_prefix("error: ").unwrap_or(&text);
-    let exit = code.map_or(Exit::Failed, Exit::of_worker);
-    match text.rsplit_once("; ").filter(|_| !text.contains('\n')) {
-        Some((what, remedy)) => Failure::new(exit, what).hint(remedy),
-        None if text.is_empty() => Failure::new(exit, format!("sgcl-worker ended with {code:?} and said nothing"))
-            .hint("SGCL_LOG=debug makes it say more"),
-        None => Failure::new(exit, text),
-    }
-}
-
-async fn last_words(out: Out, stderr: Option<impl AsyncRead + Unpin>) -> Vec<String> {
-    let mut kept = Vec::new();
-    let Some(stderr) = stderr else { return kept };
-    let mut lines = BufReader::new(stderr).lines();
-    while let Ok(Some(line)) = lines.next_line().await {
-        // What the worker warns of concerns the user: a cache that cannot be used.
-        if let Some(words) = line.trim_start().strip_prefix("WARN ") {
-            let words = words.split_once(": ").map_or(words, |(_, words)| words);
-            out.note(format!("warning: {words}"));
-        }
-        tracing::info!(target: "worker", "{line}");
-        if kept.len() == LAST_LINES {
-            kept.remove(0);
-        }
-        kept.push(line);
-    }
-    kept
 }
 
 /// Values as typed, separated by commas.

@@ -3,6 +3,7 @@
 
 mod dial;
 mod embed;
+mod encoder;
 mod eval;
 mod rank;
 mod session;

@@ -1,19 +1,20 @@
 //! The encoder that slides are embedded with.
 
-use std::path::Path;
+use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, ensure};
 use sgcl::backbone::{Arch, Backbone};
 use sgcl::weights::{self, LoadReport, WeightsError};
-use sgcl_patchset::Store;
-use sgcl_runstore::{RunName, Spec, export};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 use tokio::runtime::Handle;
 
 use super::EmbedArgs;
+use crate::encoder::{Source, content};
 
 /// Sides that views may have.
 const SIDES: std::ops::RangeInclusive<u32> = 32..=1024;
+/// Characters of an encoder's id.
+const ID_CHARS: usize = 32;
 /// Missing weights that an error names.
 const NAMED: usize = 5;
 
@@ -47,80 +48,58 @@ pub(super) struct Encoder {
 /// # Errors
 /// There is no such run or file, or it lacks what a forward pass needs.
 pub(super) fn load(runtime: &Handle, args: &EmbedArgs, device: Device) -> Result<Encoder> {
-    let (backbone, name, view) = if args.weights == "random" {
-        let arch = args.arch.unwrap_or(Arch::ResNet18);
-        let backbone = Backbone::new(arch, device);
-        backbone.init(args.seed, 0);
-        (backbone, format!("random-{arch}-{}", args.seed), None)
-    } else if Path::new(&args.weights).is_file() {
-        let path = Path::new(&args.weights);
-        let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
-        (file(path, args.arch, device)?, stem, None)
-    } else {
-        let Some(bucket) = &args.bucket else {
-            bail!("{} is neither `random` nor a file; for a run of that name add --bucket URL", args.weights);
-        };
-        let run = RunName::new(args.weights.as_str())?;
-        let store = run.store(&Store::open(bucket)?);
-        let spec = runtime.block_on(Spec::read(&store))?;
-        let scratch = tempfile::tempdir().context("no folder for the run's weights")?;
-        let folder = scratch.path().join("export");
-        runtime.block_on(export::pull(&store, None, &folder, |_, _| {}))?;
-        let arch = spec.config.backbone.arch.name().parse()?;
-        (
-            file(&folder.join("backbone.pth"), Some(arch), device)?,
-            args.weights.clone(),
-            Some(spec.config.views.global_px),
-        )
+    let bucket = args.bucket.as_deref();
+    let source = runtime.block_on(Source::find(&args.weights, bucket))?;
+    let (backbone, name) = match (runtime.block_on(source.tensors(bucket))?, &source) {
+        (None, _) => {
+            let arch = args.arch.unwrap_or(Arch::ResNet18);
+            let backbone = Backbone::new(arch, device);
+            backbone.init(args.seed, 0);
+            (backbone, format!("random-{arch}-{}", args.seed))
+        }
+        (Some(tensors), Source::File(path)) => {
+            let stem = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+            (filled(&source, &tensors, args.arch, device)?, stem)
+        }
+        (Some(tensors), _) => {
+            let arch = source.spec().map(|spec| spec.config.backbone.arch.name().parse()).transpose()?;
+            (filled(&source, &tensors, arch, device)?, args.weights.clone())
+        }
     };
-    let px = args.px.or(view).unwrap_or(224);
+    let px = args.px.or(source.spec().map(|spec| spec.config.views.global_px)).unwrap_or(224);
     ensure!(SIDES.contains(&px), "--px {px} is not in 32..=1024");
-    let id = id(&backbone)?;
+    let id = content(&backbone)?[..ID_CHARS].to_owned();
     Ok(Encoder { backbone, name, id, px })
 }
 
-/// A backbone from a weights file, of the architecture given or of the one that the file fills.
-fn file(path: &Path, arch: Option<Arch>, device: Device) -> Result<Backbone> {
-    let tensors = weights::read(path)?;
+/// A backbone with these weights, of the architecture given or of the one that they fill.
+fn filled(source: &Source, tensors: &BTreeMap<String, Tensor>, arch: Option<Arch>, device: Device) -> Result<Backbone> {
     // The largest first: a smaller one finds all it needs in a larger one's weights.
     let candidates = arch.map_or_else(|| vec![Arch::ResNet50, Arch::ResNet34, Arch::ResNet18], |arch| vec![arch]);
     let mut failed: Option<anyhow::Error> = None;
     for arch in candidates {
         let backbone = Backbone::new(arch, device);
-        match weights::load_backbone_from(&backbone, &tensors) {
+        match weights::load_backbone_from(&backbone, tensors) {
             Ok(report) if lacking(&report).is_empty() => {
                 if !report.unexpected.is_empty() {
-                    tracing::info!(unused = ?report.unexpected, "not all of {} is of a {arch}", path.display());
+                    tracing::info!(unused = ?report.unexpected, "not all of {source} is of a {arch}");
                 }
                 return Ok(backbone);
             }
             Ok(report) => {
-                let (file, lacking) = (path.display().to_string(), lacking(&report));
-                failed = Some(EncoderError { file, arch, lacking }.into());
+                failed = Some(EncoderError { file: source.to_string(), arch, lacking: lacking(&report) }.into());
             }
             // Of a file that holds none of our keys every architecture says the same.
             Err(error @ WeightsError::NoMatch { .. }) => {
-                return Err(anyhow::Error::from(error).context(path.display().to_string()));
+                return Err(anyhow::Error::from(error).context(source.to_string()));
             }
-            Err(error) => failed = Some(anyhow::Error::from(error).context(path.display().to_string())),
+            Err(error) => failed = Some(anyhow::Error::from(error).context(source.to_string())),
         }
     }
-    Err(failed.unwrap_or_else(|| anyhow::anyhow!("{}: there is no architecture to try", path.display())))
+    Err(failed.unwrap_or_else(|| anyhow::anyhow!("{source}: there is no architecture to try")))
 }
 
 /// What a forward pass would miss; counters of batches are not part of it.
 fn lacking(report: &LoadReport) -> Vec<String> {
     report.missing.iter().filter(|name| !name.ends_with(".num_batches_tracked")).cloned().collect()
-}
-
-fn id(backbone: &Backbone) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    let tensors: Vec<(String, Tensor)> = backbone.parameters().into_iter().chain(backbone.buffers()).collect();
-    for (name, tensor) in tensors {
-        let flat = tensor.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?.f_reshape([-1_i64])?;
-        let bytes: Vec<u8> = Vec::<f32>::try_from(flat)?.into_iter().flat_map(f32::to_le_bytes).collect();
-        hasher.update(name.as_bytes());
-        hasher.update(&bytes);
-    }
-    Ok(hasher.finalize().to_hex()[..32].to_owned())
 }

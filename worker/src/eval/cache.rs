@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tch::{Kind, Tensor};
 
-use super::encoder::bytes;
+use crate::encoder::bytes;
 
 /// Rises whenever features of the same patches and weights would come out otherwise.
 const PREPROCESSING: u32 = 1;

@@ -21,6 +21,9 @@ const MAX_PLACES: u64 = 20_000_000;
 /// How far a place of TRIDENT may be off its lattice, in strides: it computes in whole pixels.
 const OFF_LATTICE: f64 = 0.05;
 
+/// Row and column of each patch, with its corner in pixels of level 0.
+type Corners = BTreeMap<(u32, u32), [u32; 2]>;
+
 /// Where patches lie.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Places {
@@ -30,8 +33,7 @@ pub(crate) struct Places {
     pub(crate) downsample: f64,
     /// The level they are read from, where the file says so.
     pub(crate) level: Option<u32>,
-    /// Row and column of each, with its corner in pixels of level 0.
-    pub(crate) corners: BTreeMap<(u32, u32), [u32; 2]>,
+    pub(crate) corners: Corners,
     /// Pixels of a patch by which it overlaps the next.
     pub(crate) overlap: u32,
     /// Places that lay on others.
@@ -64,7 +66,7 @@ pub(crate) fn read(file: &Path, levels: &[(u32, u32, f64)]) -> Result<Places, St
         (Some(side), _) => {
             let overlap = number("overlap").unwrap_or(0.0);
             let downsample = side / patch_size;
-            if !(downsample.is_finite() && downsample > 0.0) || !(0.0..patch_size).contains(&overlap) {
+            if !(downsample.is_finite() && downsample > 0.0 && (0.0..patch_size).contains(&overlap)) {
                 return Err(format!(
                     "patch_size_level0 {side} and overlap {overlap} do not go with patch_size {patch_size}"
                 ));
@@ -122,7 +124,7 @@ fn usual_step(corners: &[[u32; 2]]) -> Option<f64> {
 }
 
 /// Columns and rows, and how many places were taken already.
-fn place(corners: &[[u32; 2]], stride: f64, exact: bool) -> Result<(BTreeMap<(u32, u32), [u32; 2]>, u64), String> {
+fn place(corners: &[[u32; 2]], stride: f64, exact: bool) -> Result<(Corners, u64), String> {
     if stride < 1.0 {
         return Err(format!("patches {stride} px apart are no lattice"));
     }

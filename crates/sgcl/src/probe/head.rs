@@ -29,13 +29,11 @@ impl Head {
     }
 
     /// Logits (B, classes) of x (B, d).
-    #[must_use]
     pub fn logits(&self, x: &Tensor) -> Tensor {
         x.linear(&self.weight, Some(&self.bias))
     }
 
     /// Its tensors by name; they share storage with the head.
-    #[must_use]
     pub fn parameters(&self) -> [(String, Tensor); 2] {
         [("fc.weight".to_owned(), self.weight.shallow_clone()), ("fc.bias".to_owned(), self.bias.shallow_clone())]
     }

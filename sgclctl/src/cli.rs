@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
+use sgcl_patchset::ingest::{IngestOptions, Scale};
 
 use crate::exit;
 use crate::output::Format;
@@ -100,6 +101,39 @@ pub(crate) struct Bucket {
     pub(crate) bucket: String,
 }
 
+/// How slides are cut into patches.
+#[derive(Args, Debug)]
+pub(crate) struct Tiling {
+    /// Side of a patch in pixels
+    #[arg(long, default_value_t = 256)]
+    pub(crate) patch_px: u32,
+    /// Microns per pixel to tile at [default: 0.5]
+    #[arg(long, conflicts_with = "level")]
+    pub(crate) mpp: Option<f64>,
+    /// Pyramid level to tile as it is
+    #[arg(long)]
+    pub(crate) level: Option<u32>,
+    /// Microns per pixel of slides that do not say
+    #[arg(long, value_name = "MPP")]
+    pub(crate) assume_mpp: Option<f64>,
+    /// Share of a tile that tissue must cover
+    #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
+    pub(crate) tissue_min: f64,
+}
+
+impl Tiling {
+    /// With everything else as it is by default.
+    pub(crate) fn options(&self) -> IngestOptions {
+        IngestOptions {
+            patch_px: self.patch_px,
+            scale: self.level.map_or(Scale::Mpp(self.mpp.unwrap_or(0.5)), Scale::Level),
+            assume_mpp: self.assume_mpp,
+            tissue_min: self.tissue_min,
+            ..IngestOptions::default()
+        }
+    }
+}
+
 const INGEST_EXAMPLES: &str = "\
 Examples:
   sgclctl ingest slides/*.svs --to patches --preview previews
@@ -121,24 +155,11 @@ pub(crate) struct IngestArgs {
     /// Patch set to write: a folder or S3 URL
     #[arg(long, value_name = "URL")]
     pub(crate) to: String,
-    /// Side of a patch in pixels
-    #[arg(long, default_value_t = 256)]
-    pub(crate) patch_px: u32,
-    /// Microns per pixel to tile at [default: 0.5]
-    #[arg(long, conflicts_with = "level")]
-    pub(crate) mpp: Option<f64>,
-    /// Pyramid level to tile as it is
-    #[arg(long)]
-    pub(crate) level: Option<u32>,
-    /// Microns per pixel of slides that do not say
-    #[arg(long, value_name = "MPP")]
-    pub(crate) assume_mpp: Option<f64>,
+    #[command(flatten)]
+    pub(crate) tiling: Tiling,
     /// JPEG quality of the patches, 1 to 100
     #[arg(long, default_value_t = 90)]
     pub(crate) quality: u8,
-    /// Share of a tile that tissue must cover
-    #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
-    pub(crate) tissue_min: f64,
     /// Share of a tile that its class must cover
     #[arg(long, default_value_t = 0.6, value_name = "SHARE")]
     pub(crate) label_min: f64,

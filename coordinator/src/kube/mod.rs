@@ -8,6 +8,7 @@
 //! | [`prepare`] | its place in the bucket |
 //! | [`job`] | one Job a node slot and attempt |
 //! | [`pods`] | what pods say: exit codes, and what keeps them waiting |
+//! | [`book`] | which Jobs a run has, and what they mean to its state machine |
 //! | [`launcher`] | a [`crate::Launcher`] that makes Jobs |
 //! | [`lease`] | one leader of several replicas |
 //! | [`controller`] | from objects to running coordinators |
@@ -16,6 +17,7 @@
 //! | [`trust`] | the authority of the TLS certificate, and the keys of pods' tokens |
 //! | [`report`] | status, conditions and events |
 
+pub mod book;
 pub mod conduct;
 pub mod controller;
 pub mod defaults;

@@ -2,6 +2,8 @@
 
 use clap::Args;
 
+use super::Tiling;
+
 const EXAMPLES: &str = "\
 Examples:
   sgclctl embed slides/*.svs --weights first --bucket runs --to features
@@ -40,21 +42,8 @@ pub(crate) struct EmbedArgs {
     /// Side that patches are resized to, pixels [default: the run's global view, else 224]
     #[arg(long, value_parser = clap::value_parser!(u32).range(32..=1024))]
     pub(crate) px: Option<u32>,
-    /// Side of a patch in pixels
-    #[arg(long, default_value_t = 256)]
-    pub(crate) patch_px: u32,
-    /// Microns per pixel to tile at [default: 0.5]
-    #[arg(long, conflicts_with = "level")]
-    pub(crate) mpp: Option<f64>,
-    /// Pyramid level to tile as it is
-    #[arg(long)]
-    pub(crate) level: Option<u32>,
-    /// Microns per pixel of slides that do not say
-    #[arg(long, value_name = "MPP")]
-    pub(crate) assume_mpp: Option<f64>,
-    /// Share of a tile that tissue must cover
-    #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
-    pub(crate) tissue_min: f64,
+    #[command(flatten)]
+    pub(crate) tiling: Tiling,
     /// Compress patches as `ingest` does before they are embedded: features are then those of the patch set's patches [default: as read]
     #[arg(long, value_name = "QUALITY", value_parser = clap::value_parser!(u8).range(1..=100))]
     pub(crate) jpeg_quality: Option<u8>,

@@ -67,7 +67,7 @@ async fn patches(args: &EmbedArgs, url: &str, to: &Store, out: Out) -> Result<Ex
 
 /// Embeds slides: opened and read on threads of their own, handed to the worker on its standard input.
 async fn slides(args: EmbedArgs, to: &Store, out: Out) -> Result<Exit> {
-    let options = options(&args);
+    let options = args.tiling.options();
     let given: Vec<PathBuf> = args.slides.iter().map(PathBuf::from).collect();
     let found = ingest::slides::find(&given, &options)?;
     if args.dry_run {
@@ -103,16 +103,6 @@ async fn slides(args: EmbedArgs, to: &Store, out: Out) -> Result<Exit> {
     // The worker ended well, so what went wrong went wrong here.
     fed.unwrap_or(Ok(()))?;
     shown.end(to)
-}
-
-fn options(args: &EmbedArgs) -> IngestOptions {
-    IngestOptions {
-        patch_px: args.patch_px,
-        scale: args.level.map_or(Scale::Mpp(args.mpp.unwrap_or(0.5)), Scale::Level),
-        assume_mpp: args.assume_mpp,
-        tissue_min: args.tissue_min,
-        ..IngestOptions::default()
-    }
 }
 
 /// What a slide's features depend on besides the encoder.

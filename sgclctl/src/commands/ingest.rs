@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use serde_json::json;
 use sgcl_patchset::Store;
-use sgcl_patchset::ingest::{self, IngestOptions, IngestReport, Progress, Scale};
+use sgcl_patchset::ingest::{self, IngestOptions, IngestReport, Progress};
 
 use crate::cli::IngestArgs;
 use crate::exit::Exit;
@@ -17,21 +17,14 @@ const SHOWN: usize = 20;
 
 pub(crate) async fn main(args: IngestArgs, out: Out) -> Result<Exit> {
     let dest = Store::open(&args.to)?;
-    let scale = match (args.level, args.mpp) {
-        (Some(level), _) => Scale::Level(level),
-        (None, mpp) => Scale::Mpp(mpp.unwrap_or(0.5)),
-    };
     let options = IngestOptions {
-        patch_px: args.patch_px,
-        scale,
-        assume_mpp: args.assume_mpp,
         quality: args.quality,
-        tissue_min: args.tissue_min,
         label_min: args.label_min,
         tumor_min: args.tumor_min,
         seed: args.seed,
         previews: args.preview,
         dry_run: args.dry_run,
+        ..args.tiling.options()
     };
     let bar = progress::bar(out, 0, "{msg} {wide_bar:.cyan/dim} {pos}/{len} tiles  {eta} left");
     let shown = bar.clone();

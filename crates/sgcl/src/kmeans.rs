@@ -93,12 +93,10 @@ pub fn inertia(banks: &Banks, labels: &Tensor, clusters: i64, ring: &dyn Collect
     let lloyd = Lloyd { banks, clusters, ring };
     tch::no_grad(|| {
         let owned = labels.narrow(0, 0, banks.owned());
-        let (mut sums, mut counts) = lloyd.zeros();
-        lloyd.blocks(banks.owned(), |start, rows| {
-            let block = owned.narrow(0, start, rows.size()[0]);
-            lloyd.add(&mut sums, &mut counts, &block, &rows);
-        });
-        let centres = lloyd.means(sums, counts)?.0;
+        let mut members = Members::none(&lloyd);
+        lloyd
+            .blocks(banks.owned(), |start, rows| members.assign(start, &rows, &owned.narrow(0, start, rows.size()[0])));
+        let centres = lloyd.means(&members)?.0;
         let mut total = Tensor::zeros([1], (Kind::Double, banks.device()));
         lloyd.blocks(banks.owned(), |start, rows| {
             let own = centres.index_select(0, &owned.narrow(0, start, rows.size()[0]));
@@ -121,10 +119,11 @@ impl Lloyd<'_> {
         let first = sample(&mut rng, self.banks.len() as usize, self.clusters as usize);
         let first: Vec<i64> = first.iter().map(|row| row as i64).collect();
         let mut centres = self.features(&Tensor::from_slice(&first).to_device(self.banks.device()))?;
+        let mut members = Members::none(self);
         for _ in 0..iterations {
-            centres = self.iterate(&centres)?;
+            centres = self.iterate(&centres, &mut members)?;
         }
-        Ok(self.assign(&centres, self.banks.held()).0)
+        Ok(self.assign(&centres, self.banks.held()))
     }
 
     /// Features of rows, from whoever owns them.
@@ -135,16 +134,15 @@ impl Lloyd<'_> {
         Ok(features)
     }
 
-    fn iterate(&self, centres: &Tensor) -> Result<Tensor, CollectiveError> {
-        let (mut sums, mut counts) = self.zeros();
+    fn iterate(&self, centres: &Tensor, members: &mut Members) -> Result<Tensor, CollectiveError> {
         let compare = Compare::new(centres);
         let mut scores = Vec::new();
-        self.blocks(self.banks.owned(), |_, rows| {
+        self.blocks(self.banks.owned(), |start, rows| {
             let (score, labels) = compare.nearest(&rows);
-            self.add(&mut sums, &mut counts, &labels, &rows);
+            members.assign(start, &rows, &labels);
             scores.push(score);
         });
-        let (mut centres, counts) = self.means(sums, counts)?;
+        let (mut centres, counts) = self.means(members)?;
         let empty = counts.eq(0).nonzero().view([-1]);
         if empty.size()[0] > 0 {
             let far = self.farthest(&scores, empty.size()[0])?;
@@ -173,34 +171,20 @@ impl Lloyd<'_> {
         Ok(rows.index_select(0, &far.topk(count, 0, true, true).1))
     }
 
-    fn assign(&self, centres: &Tensor, slots: i64) -> (Tensor, Tensor) {
+    /// The nearest of `centres` to each of the first `slots` rows.
+    fn assign(&self, centres: &Tensor, slots: i64) -> Tensor {
         let compare = Compare::new(centres);
-        let (mut labels, mut scores) = (Vec::new(), Vec::new());
-        self.blocks(slots, |_, rows| {
-            let (score, label) = compare.nearest(&rows);
-            labels.push(label);
-            scores.push(score);
+        let labels = Tensor::empty([slots], (Kind::Int64, self.banks.device()));
+        self.blocks(slots, |start, rows| {
+            let label = compare.nearest(&rows).1;
+            labels.narrow(0, start, label.size()[0]).copy_(&label);
         });
-        if labels.is_empty() {
-            let device = self.banks.device();
-            return (Tensor::zeros([0], (Kind::Int64, device)), Tensor::zeros([0], (Kind::Float, device)));
-        }
-        (Tensor::cat(&labels, 0), Tensor::cat(&scores, 0))
-    }
-
-    fn zeros(&self) -> (Tensor, Tensor) {
-        let options = (Kind::Int64, self.banks.device());
-        (Tensor::zeros([self.clusters, self.banks.widths().dim], options), Tensor::zeros([self.clusters, 1], options))
-    }
-
-    fn add(&self, sums: &mut Tensor, counts: &mut Tensor, labels: &Tensor, rows: &Tensor) {
-        let _ = sums.index_add_(0, labels, &(rows * ONE).to_kind(Kind::Int64));
-        let _ = counts.index_add_(0, labels, &labels.ones_like().unsqueeze(1));
+        labels
     }
 
     /// Means over all ranks, and counts; 0 where empty.
-    fn means(&self, sums: Tensor, counts: Tensor) -> Result<(Tensor, Tensor), CollectiveError> {
-        let mut all = Tensor::cat(&[sums, counts], 1);
+    fn means(&self, members: &Members) -> Result<(Tensor, Tensor), CollectiveError> {
+        let mut all = Tensor::cat(&[&members.sums, &members.counts], 1);
         self.ring.all_reduce_sum(&mut all)?;
         let width = all.size()[1] - 1;
         let counts = all.narrow(1, width, 1);
@@ -218,6 +202,53 @@ impl Lloyd<'_> {
     }
 }
 
+/// This rank's rows by cluster. Sums are integers, so a row that moves is taken from one and added to another without a trace, and an
+/// iteration pays for the rows that move: few, after the first ones.
+struct Members {
+    /// (owned), −1 at first.
+    labels: Tensor,
+    /// (K, D) fixed point.
+    sums: Tensor,
+    /// (K, 1)
+    counts: Tensor,
+}
+
+impl Members {
+    fn none(lloyd: &Lloyd<'_>) -> Self {
+        let options = (Kind::Int64, lloyd.banks.device());
+        Self {
+            labels: Tensor::full([lloyd.banks.owned()], -1, options),
+            sums: Tensor::zeros([lloyd.clusters, lloyd.banks.widths().dim], options),
+            counts: Tensor::zeros([lloyd.clusters, 1], options),
+        }
+    }
+
+    /// Moves rows (n, D), which start at slot `start`, to the clusters `labels` (n).
+    fn assign(&mut self, start: i64, rows: &Tensor, labels: &Tensor) {
+        let mut before = self.labels.narrow(0, start, labels.size()[0]);
+        let moved = before.ne_tensor(labels).nonzero().view([-1]);
+        if moved.size()[0] == 0 {
+            return;
+        }
+        let (from, to) = (before.index_select(0, &moved), labels.index_select(0, &moved));
+        let fixed = (rows.index_select(0, &moved) * ONE).to_kind(Kind::Int64);
+        self.add(&to, &fixed, 1);
+        let left = from.ge(0).nonzero().view([-1]);
+        if left.size()[0] > 0 {
+            self.add(&from.index_select(0, &left), &fixed.index_select(0, &left), -1);
+        }
+        before.copy_(labels);
+    }
+
+    fn add(&mut self, clusters: &Tensor, fixed: &Tensor, sign: i64) {
+        let _ = self.sums.index_add_(0, clusters, &(fixed * sign));
+        let _ = self.counts.index_add_(0, clusters, &(clusters.ones_like() * sign).unsqueeze(1));
+    }
+}
+
+/// Scores that are compared at once: a maximum over so many takes vector instructions, one that keeps its place does not.
+const GROUP: i64 = 32;
+
 /// Centres, ready to be compared with.
 struct Compare {
     transposed: Tensor,
@@ -225,13 +256,23 @@ struct Compare {
 }
 
 impl Compare {
+    /// Padded to whole groups with centres that are nearest to nothing.
     fn new(centres: &Tensor) -> Self {
         let half = (centres * centres).sum_dim_intlist([1_i64].as_slice(), false, Kind::Float) * -0.5;
-        Self { transposed: centres.tr().contiguous(), half }
+        let padding = (GROUP - centres.size()[0] % GROUP) % GROUP;
+        Self {
+            transposed: centres.tr().pad([0, padding], "constant", 0.0).contiguous(),
+            half: half.pad([0, padding], "constant", f64::NEG_INFINITY),
+        }
     }
 
-    /// x·c − |c|²/2 of the nearest centre (n), and its number (n).
+    /// x·c − |c|²/2 of the nearest centre (n), and its number (n); the first of equals.
     fn nearest(&self, rows: &Tensor) -> (Tensor, Tensor) {
-        self.half.addmm(rows, &self.transposed).max_dim(1, false)
+        let scores = self.half.addmm(rows, &self.transposed);
+        let (n, groups) = (scores.size()[0], scores.size()[1] / GROUP);
+        let scores = scores.view([n, groups, GROUP]);
+        let (best, group) = scores.amax([2_i64].as_slice(), false).max_dim(1, false);
+        let winners = scores.gather(1, &group.view([n, 1, 1]).expand([n, 1, GROUP], false), false).squeeze_dim(1);
+        (best, group * GROUP + winners.argmax(1, false))
     }
 }

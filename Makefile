@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 # Read back from what scripts/setup wrote for cargo; a value of the caller's own wins.
 python = $${SGCL_PYTHON:-$$(sed -n 's/^SGCL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)}
 
-.PHONY: help setup setup-tests build demo test test-chaos soak test-simulation test-goldens test-cluster images lint nccl bench-objective bench-kmeans bench-preemption bench-embed doc clean
+.PHONY: help setup setup-tests build demo test test-chaos soak test-simulation test-goldens test-cluster images lint nccl bench-objective bench-kmeans bench-preemption bench-embed bench-science doc clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,9 @@ bench-preemption: setup-tests ## lost ranks and nodes beside torchrun elastic un
 
 bench-embed: build ## extraction of features beside timm's on the same cores and patches (ARGS="--arch resnet50")
 	"$(python)" tests/benches/embed.py $(ARGS)
+
+bench-science: build ## what every method is worth under an equal budget, on phantom slides (ARGS="--help" lists what can be asked; hours)
+	"$(python)" tests/benches/science.py $(ARGS)
 
 nccl: ## compiles, links and loads the NCCL half; without a GPU it must say that there is none
 	@scripts/setup --nccl

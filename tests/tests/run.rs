@@ -88,7 +88,7 @@ async fn the_same_global_batch_gives_the_same_losses_on_one_rank_two_ranks_and_t
 
 #[rstest::rstest]
 #[case::sgcl(&[])]
-#[case::moco_v2(&["bank.momentum=0", "method=moco-v2"])]
+#[case::densecl(&["bank.momentum=0", "method=densecl"])]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_stopped_in_mid_epoch_and_resumed_equals_an_undisturbed_one_bit_for_bit(#[case] sets: &[&str]) {
     let place = place(2, 9).await;
@@ -152,6 +152,7 @@ async fn a_damaged_shard_fails_the_run_with_its_name() {
 #[case::local_aggregation("local-aggregation", &["inter"])]
 #[case::sslp("sslp", &["intra", "semantic", "spatial"])]
 #[case::moco_v2("moco-v2", &["intra"])]
+#[case::densecl("densecl", &["intra", "inner"])]
 #[tokio::test(flavor = "multi_thread")]
 async fn the_family_learns_without_what_it_has_no_use_for(#[case] method: &str, #[case] terms: &[&str]) {
     let place = place(3, 9).await;
@@ -191,13 +192,18 @@ async fn the_family_learns_without_what_it_has_no_use_for(#[case] method: &str, 
     println!("{method}: mean {term} {first:.3} in the first epoch, {last:.3} in the last");
     assert!(last < 0.97 * first, "{method}: mean {term} {first} in the first epoch, {last} in the last");
     let names: Vec<String> = state(&run).await.into_iter().map(|(name, _)| name).collect();
-    assert_eq!(names.iter().any(|name| name.ends_with(" tl")), terms.contains(&"inner"));
-    assert_eq!(names.iter().any(|name| name.ends_with(" backbone")), hard, "a bank for hard negatives");
+    let dense = method == "densecl";
+    assert_eq!(names.iter().any(|name| name.ends_with(" tl")), terms.contains(&"inner") && !dense);
+    assert_eq!(
+        names.iter().any(|name| name.ends_with(" backbone")),
+        hard || dense,
+        "for hard negatives, or pooled keys"
+    );
     let layers = names.iter().filter(|name| name.contains("projector.") && name.starts_with("Model")).count();
     let expected = match method {
         "sslp" => 2,
         // The key encoder has one of its own.
-        "moco-v2" => 8,
+        "moco-v2" | "densecl" => 8,
         _ => 4,
     };
     assert_eq!(layers, expected, "weights and biases of the projector");

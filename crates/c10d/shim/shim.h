@@ -59,4 +59,12 @@ int32_t sgcl_reducer_prepare(SgclReducer* reducer, char** message);
 int32_t sgcl_backward(void* loss, char** message);
 void sgcl_reducer_free(SgclReducer* reducer);
 
+// BatchNorm in training over the maps (B, C, H, W) of all ranks; *out is a new at::Tensor with its graph, tch's to free.
+int32_t sgcl_sync_norm(void* x, void* scale, void* shift, void* running_mean, void* running_var, SgclGroup* group, double momentum,
+                       double eps, void** out, char** message);
+
+// One step of momentum SGD over `count` parameters of one kind and device.
+int32_t sgcl_sgd(void** params, void** grads, void** momenta, size_t count, double lr, double momentum, double weight_decay,
+                 int32_t first, char** message);
+
 }

@@ -126,6 +126,29 @@ unsafe extern "C" {
     pub(crate) fn sgcl_reducer_prepare(reducer: *mut SgclReducer, message: Message) -> i32;
     pub(crate) fn sgcl_backward(loss: *mut c_void, message: Message) -> i32;
     pub(crate) fn sgcl_reducer_free(reducer: *mut SgclReducer);
+    pub(crate) fn sgcl_sync_norm(
+        x: *mut c_void,
+        scale: *mut c_void,
+        shift: *mut c_void,
+        running_mean: *mut c_void,
+        running_var: *mut c_void,
+        group: *mut SgclGroup,
+        momentum: f64,
+        eps: f64,
+        out: *mut *mut c_void,
+        message: Message,
+    ) -> i32;
+    pub(crate) fn sgcl_sgd(
+        params: *mut *mut c_void,
+        grads: *mut *mut c_void,
+        momenta: *mut *mut c_void,
+        count: usize,
+        lr: f64,
+        momentum: f64,
+        weight_decay: f64,
+        first: i32,
+        message: Message,
+    ) -> i32;
 }
 
 /// The `at::Tensor*` behind a tensor, as the shim takes it.

@@ -1,4 +1,5 @@
-//! libtorch's own distributed training from Rust: rendezvous store, process groups (Gloo, NCCL) and DDP's gradient reducer.
+//! libtorch's own distributed training from Rust: rendezvous store, process groups (Gloo, NCCL), DDP's gradient reducer; and what else
+//! tch does not bind: fused optimisers, BatchNorm over ranks.
 //!
 //! ```no_run
 //! # use sgcl_c10d::*; use std::time::Duration; use tch::{Device, Kind, Tensor};
@@ -23,6 +24,8 @@
 mod error;
 mod ffi;
 mod group;
+pub mod norm;
+pub mod optim;
 mod reducer;
 mod store;
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use common::{Rank, form, local, run};
 use rstest::rstest;
+use sgcl_c10d::norm::{Norm, sync_batch_norm};
 use sgcl_c10d::{Buckets, Error, ProcessGroup, Reduce, Reducer, Store, backward, zero_grad};
 use tch::{Device, Kind, Tensor};
 
@@ -21,12 +22,58 @@ fn a_rank_of_the_other_tests() {
         "collectives" => collectives(&rank),
         "train" => train_and_save(&rank, 1),
         "accumulate" => train_and_save(&rank, 2),
+        "normalise" => normalise(&rank),
         "peer dies" => peer_dies(&rank),
         "peer dies in backward" => peer_dies_in_backward(&rank),
         "peer aborts" => peer_aborts(&rank),
         "own abort" => own_abort(&rank),
         "abort of a send" => abort_of_a_send(&rank),
         other => panic!("no scenario {other}"),
+    }
+}
+
+#[test]
+fn normalising_over_ranks_is_batch_norm_over_all_their_batches() {
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(run("normalise", 3, folder.path()), vec![Some(0); 3]);
+}
+
+/// Batches of 3, 5 and none.
+fn normalise(me: &Rank) {
+    let store = me.store(LONG);
+    let group = me.group(&store, "generation-1");
+    let float = (Kind::Float, Device::Cpu);
+    // Far from zero: a variance taken from squares in 32 bits would be all rounding.
+    let all = Tensor::arange(8 * 4 * 3 * 2, float).sin().view([8, 4, 3, 2]) + 300.0;
+    let slope = Tensor::arange(8 * 4 * 3 * 2, float).cos().view([8, 4, 3, 2]);
+    let (from, count) = [(0, 3), (3, 5), (8, 0)][me.rank];
+    let scale = || Tensor::from_slice(&[1_f32, 0.5, -2.0, 3.0]).set_requires_grad(true);
+    let shift = || Tensor::from_slice(&[0_f32, 0.1, 0.2, -0.3]).set_requires_grad(true);
+    let running = || (Tensor::zeros([4], float), Tensor::ones([4], float));
+
+    let (whole, scale_all, shift_all, (mean_all, var_all)) =
+        (all.copy().set_requires_grad(true), scale(), shift(), running());
+    let expected =
+        whole.batch_norm(Some(&scale_all), Some(&shift_all), Some(&mean_all), Some(&var_all), true, 0.1, 1e-5, false);
+    (&expected * &slope).sum(Kind::Float).backward();
+
+    let (x, scale, shift, (mean, var)) =
+        (all.narrow(0, from, count).copy().set_requires_grad(true), scale(), shift(), running());
+    let norm = Norm { scale: &scale, shift: &shift, running_mean: &mean, running_var: &var, momentum: 0.1, eps: 1e-5 };
+    let y = sync_batch_norm(&x, norm, &group).unwrap();
+    backward(&(&y * slope.narrow(0, from, count)).sum(Kind::Float)).unwrap();
+
+    let close = |what: &str, found: &Tensor, expected: &Tensor| {
+        assert!(found.allclose(expected, 1e-4, 1e-4, false), "rank {}: {what}\n{found}\n{expected}", me.rank);
+    };
+    close("output", &y.detach(), &expected.detach().narrow(0, from, count));
+    close("gradient", &x.grad(), &whole.grad().narrow(0, from, count));
+    close("running mean", &mean, &mean_all);
+    close("running variance", &var, &var_all);
+    for (what, part, all) in [("scale", &scale, &scale_all), ("shift", &shift, &shift_all)] {
+        let mut sum = part.grad().copy();
+        group.all_reduce(&mut sum, Reduce::Sum).unwrap();
+        close(what, &sum, &all.grad());
     }
 }
 

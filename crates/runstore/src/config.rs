@@ -136,6 +136,8 @@ pub struct RunConfig {
     pub loader: Loader,
     /// Where to compute.
     pub device: Device,
+    /// What the backbone is computed in.
+    pub precision: Precision,
     /// Seconds without a finished step after which a rank counts as hung.
     #[schemars(range(min = 1))]
     pub step_timeout_s: u64,
@@ -166,6 +168,7 @@ impl Default for RunConfig {
             checkpoint: Checkpoint::default(),
             loader: Loader::default(),
             device: Device::Auto,
+            precision: Precision::default(),
             step_timeout_s: 300,
             startup_timeout_s: 600,
             max_restarts: 3,
@@ -182,6 +185,20 @@ pub struct Backbone {
     pub arch: Arch,
     /// Weights to start from: path or URL of a torchvision-layout `.pth` or `.safetensors`; none means random weights.
     pub pretrained: Option<String>,
+    /// BatchNorm takes its statistics over the batches of all ranks, not each rank's own: for small batches. They then depend on how many
+    /// lanes a rank has, so a step does not equal the same step of another world.
+    pub sync_norm: bool,
+}
+
+/// What convolutions and activations of the backbone are computed in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Precision {
+    /// 32 bits, as published.
+    #[default]
+    Fp32,
+    /// bfloat16, for GPUs. Weights, gradients, BatchNorm's statistics, heads, losses and optimiser stay in 32 bits.
+    Bf16,
 }
 
 /// Head on the pooled features: what training alone uses.
@@ -280,6 +297,8 @@ pub struct Objective {
     pub t_instance: f64,
     /// Share of the key encoder that a step keeps, of methods that have one.
     pub key_momentum: f64,
+    /// Weight λ of DenseCL's dense loss; MoCo's has 1 − λ.
+    pub dense_share: f64,
     /// Temperature of the losses that neighbours make.
     pub t_spatial: f64,
     /// Spatial positives lie nearer than this, in grid units.
@@ -304,7 +323,11 @@ impl RunConfig {
     #[must_use]
     pub fn bank_row(&self) -> usize {
         let views = if self.method.has_local_views() { 5 } else { 1 };
-        let backbone = if self.method.has_hard() { self.backbone.arch.feature_dim() } else { 0 };
+        let backbone = match self.method {
+            method if method.has_hard() => self.backbone.arch.feature_dim(),
+            method if method.has_dense() => self.projector.dim,
+            _ => 0,
+        };
         views * self.projector.dim + backbone
     }
 }
@@ -346,6 +369,7 @@ impl Default for Objective {
             nearest: 4096,
             t_instance: 0.2,
             key_momentum: 0.999,
+            dense_share: 0.5,
             t_spatial: 0.07,
             radius: 3.0,
             aux: 1,

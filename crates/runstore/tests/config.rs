@@ -59,6 +59,7 @@ fn a_section_can_be_set_whole_and_keeps_its_other_keys() {
 #[case("{method: sslp, variant: released}", "variant: released")]
 #[case("{method: local-aggregation, variant: released}", "variant: released")]
 #[case("method: moco-v2", "bank.momentum 0.5")]
+#[case("objective: {dense_share: -0.1}", "objective.dense_share -0.1")]
 #[case("objective: {key_momentum: 1.5}", "objective.key_momentum 1.5")]
 fn values_that_do_not_hold_together_are_named(#[case] yaml: &str, #[case] expected: &str) {
     let error = load(yaml, &[]).unwrap_err();
@@ -87,6 +88,7 @@ fn a_configuration_that_does_not_fit_is_refused_with_the_numbers() {
 #[rstest]
 #[case("npid", &[])]
 #[case("moco-v2", &["negatives 65536"])]
+#[case("densecl", &["negatives 65536"])]
 #[case("local-aggregation", &["nearest 4096", "clusters 1000"])]
 #[case("sslp", &["hard 4096", "nearest 4096", "clusters 1000"])]
 fn only_what_a_method_uses_must_fit(#[case] method: &str, #[case] expected: &[&str]) {

@@ -267,6 +267,7 @@ impl Case {
             q: &self.q,
             x: &self.x,
             ql: &self.ql,
+            dense_keys: None,
             keys: None,
             ids: &self.ids,
             spatial: &self.spatial,

@@ -3,10 +3,13 @@
 //! Plain tensors rather than a `VarStore`: parameters come out in one fixed order, torchvision's, which c10d's reducer, the
 //! optimiser and the checkpoints share.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
+use sgcl_c10d::ProcessGroup;
+use sgcl_c10d::norm::{Norm, sync_batch_norm};
 use tch::{Device, Kind, Tensor};
 
 use crate::init::kaiming_normal_;
@@ -76,6 +79,25 @@ impl FromStr for Arch {
     }
 }
 
+/// How BatchNorm takes a pass.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Pass<'a> {
+    /// By the running statistics.
+    Evaluate,
+    /// By the batch's own, which the running ones follow.
+    Train,
+    /// By those of all ranks' batches.
+    TrainTogether(&'a Together),
+}
+
+/// The ranks whose batches are normalised together. A lost peer leaves its error here, and maps that nobody may use: layers return no
+/// results, and nothing else of a forward pass can fail.
+#[derive(Debug)]
+pub(crate) struct Together {
+    group: Arc<ProcessGroup>,
+    failed: RefCell<Option<sgcl_c10d::Error>>,
+}
+
 /// A convolution without bias and the BatchNorm behind it.
 #[derive(Debug)]
 struct Unit {
@@ -107,18 +129,26 @@ impl Unit {
         }
     }
 
-    fn forward(&self, x: &Tensor, train: bool) -> Tensor {
+    /// In the kind of `x`; statistics, scale and shift are of 32 bits whatever that is.
+    fn forward(&self, x: &Tensor, pass: Pass<'_>) -> Tensor {
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
-        x.conv2d(&self.weight, None::<&Tensor>, stride, padding, [1, 1], 1).batch_norm(
-            Some(&self.scale),
-            Some(&self.shift),
-            Some(&self.mean),
-            Some(&self.var),
-            train,
-            BN_MOMENTUM,
-            BN_EPS,
-            true,
-        )
+        let x = x.conv2d(&self.weight.to_kind(x.kind()), None::<&Tensor>, stride, padding, [1, 1], 1);
+        let Self { scale, shift, mean, var, .. } = self;
+        let Pass::TrainTogether(ranks) = pass else {
+            let train = matches!(pass, Pass::Train);
+            return x.batch_norm(Some(scale), Some(shift), Some(mean), Some(var), train, BN_MOMENTUM, BN_EPS, true);
+        };
+        let norm = Norm { scale, shift, running_mean: mean, running_var: var, momentum: BN_MOMENTUM, eps: BN_EPS };
+        // After a failure the ring is gone: the layers behind it do not ask again.
+        let failed = ranks.failed.borrow().is_some();
+        match (!failed).then(|| sync_batch_norm(&x, norm, &ranks.group)) {
+            Some(Ok(y)) => y,
+            Some(Err(error)) => {
+                ranks.failed.replace(Some(error));
+                x
+            }
+            None => x,
+        }
     }
 }
 
@@ -151,20 +181,25 @@ impl Block {
         Block { units, downsample }
     }
 
-    fn forward(&self, x: &Tensor, train: bool) -> Tensor {
+    fn forward(&self, x: &Tensor, pass: Pass<'_>) -> Tensor {
         let mut y = x.shallow_clone();
         for (i, unit) in self.units.iter().enumerate() {
             if i > 0 {
                 let _ = y.relu_();
             }
-            y = unit.forward(&y, train);
+            y = unit.forward(&y, pass);
         }
         let mut sum = match &self.downsample {
-            Some(unit) => y + unit.forward(x, train),
+            Some(unit) => y + unit.forward(x, pass),
             None => y + x,
         };
         sum.relu_()
     }
+}
+
+/// Averages of a map over its positions: (B, C, H, W) → (B, C).
+pub fn pool(map: &Tensor) -> Tensor {
+    map.adaptive_avg_pool2d([1, 1]).flatten(1, -1)
 }
 
 /// A residual network up to its pooled feature.
@@ -173,6 +208,10 @@ pub struct Backbone {
     arch: Arch,
     stem: Unit,
     blocks: Vec<Block>,
+    /// What convolutions are computed in, where that is not the input's kind.
+    compute: Option<Kind>,
+    /// With whom batches are normalised in training.
+    together: Option<Together>,
     /// Training passes so far: torchvision's `num_batches_tracked`, the same in every layer.
     batches: Cell<i64>,
 }
@@ -193,7 +232,32 @@ impl Backbone {
                 input = planes * arch.expansion();
             }
         }
-        Backbone { arch, stem, blocks, batches: Cell::new(0) }
+        Backbone { arch, stem, blocks, compute: None, together: None, batches: Cell::new(0) }
+    }
+
+    /// Computes activations in `kind`, `Float` or `BFloat16`, from weights that stay in 32 bits.
+    pub fn compute_in(&mut self, kind: Kind) {
+        self.compute = (kind != Kind::Float).then_some(kind);
+    }
+
+    /// Normalises training batches together with those of `group`'s ranks, or alone again. Ranks pass the same number of batches in the same
+    /// order, a batch of none among them, and go backward through all; after a pass each asks [`Backbone::check_ranks`].
+    pub fn normalise_with(&mut self, group: Option<Arc<ProcessGroup>>) {
+        self.together = group.map(|group| Together { group, failed: RefCell::new(None) });
+    }
+
+    /// Whether [`Backbone::normalise_with`] named a group.
+    #[must_use]
+    pub fn normalises_together(&self) -> bool {
+        self.together.is_some()
+    }
+
+    /// Whether the passes since the last call were normalised as they should be.
+    ///
+    /// # Errors
+    /// A peer was lost on the way: what came out means nothing.
+    pub fn check_ranks(&self) -> Result<(), sgcl_c10d::Error> {
+        self.together.as_ref().and_then(|ranks| ranks.failed.take()).map_or(Ok(()), Err)
     }
 
     /// Convolutions Kaiming normal with fan-in and gain √2, BatchNorm 1 and 0, running statistics 0 and 1.
@@ -220,21 +284,27 @@ impl Backbone {
         self.arch
     }
 
-    /// The map before pooling: x (B, 3, H, W) → (B, Db, ⌈H/32⌉, ⌈W/32⌉).
+    /// The map before pooling: x (B, 3, H, W) → (B, Db, ⌈H/32⌉, ⌈W/32⌉), in the kind of x.
     pub fn feature_map(&self, x: &Tensor, train: bool) -> Tensor {
         if train {
             self.batches.set(self.batches.get() + 1);
         }
         // Channels-last spares oneDNN and cuDNN a reordering round every convolution.
-        let x = x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]);
-        let mut stem = self.stem.forward(&x, train);
+        let kind = x.kind();
+        let x = x.to_kind(self.compute.unwrap_or(kind)).permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]);
+        let pass = match &self.together {
+            _ if !train => Pass::Evaluate,
+            None => Pass::Train,
+            Some(ranks) => Pass::TrainTogether(ranks),
+        };
+        let mut stem = self.stem.forward(&x, pass);
         let stem = stem.relu_().max_pool2d([3, 3], [2, 2], [1, 1], [1, 1], false);
-        self.blocks.iter().fold(stem, |y, block| block.forward(&y, train))
+        self.blocks.iter().fold(stem, |y, block| block.forward(&y, pass)).to_kind(kind)
     }
 
     /// Average-pooled features, not normalised: x (B, 3, H, W) → (B, Db).
     pub fn features(&self, x: &Tensor, train: bool) -> Tensor {
-        self.feature_map(x, train).adaptive_avg_pool2d([1, 1]).flatten(1, -1)
+        pool(&self.feature_map(x, train))
     }
 
     /// Trainable tensors under torchvision's names, in torchvision's order. The tensors share storage with the network.

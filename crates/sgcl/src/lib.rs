@@ -4,6 +4,7 @@ pub mod augment;
 pub mod backbone;
 pub mod bank;
 pub mod collective;
+mod dense;
 pub mod draws;
 pub mod image;
 mod init;

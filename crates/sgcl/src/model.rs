@@ -1,11 +1,14 @@
 //! What is trained: backbone and projector.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use tch::{Device, Tensor};
+use sgcl_c10d::ProcessGroup;
+use tch::{Device, Kind, Tensor};
 
-use crate::backbone::{Arch, Backbone};
-use crate::momentum::Momentum;
+use crate::backbone::{Arch, Backbone, pool};
+use crate::dense;
+use crate::momentum::{Keys, Momentum};
 use crate::projector::{Projector, l2_normalize};
 use crate::weights::{self, LoadReport, WeightsError};
 
@@ -25,10 +28,14 @@ pub struct Views {
 pub struct Outputs {
     /// Projected global views, unit rows (B, D).
     pub q: Tensor,
-    /// Pooled backbone features of the global views, unit rows (B, Db), without gradient.
+    /// Pooled backbone features of the global views, unit rows (B, Db), without gradient; of a model with a dense head the pooled dense
+    /// keys, (B, D).
     pub x: Tensor,
-    /// Projected local views, unit rows (4B, D), corner-major.
+    /// Projected local views, unit rows (4B, D), corner-major; of a model with a dense head the positions of the global views' maps,
+    /// (P·B, D), position-major.
     pub ql: Option<Tensor>,
+    /// Of each of those the key that it is matched with, (P·B, D), without gradient.
+    pub dense_keys: Option<Tensor>,
     /// Keys of the second global views, unit rows (B, D), without gradient.
     pub keys: Option<Tensor>,
 }
@@ -40,6 +47,8 @@ pub struct Model {
     pub backbone: Backbone,
     /// The head that training alone uses.
     pub projector: Projector,
+    /// The head over a map's positions, of methods that have one.
+    pub dense: Option<Projector>,
     /// The encoder of keys, of methods that have one.
     pub key: Option<Momentum>,
 }
@@ -48,17 +57,18 @@ impl Model {
     /// A model with all weights zero, projecting to `dim`: call [`Model::init`] or [`Model::load_state`] before use.
     #[must_use]
     pub fn new(arch: Arch, dim: i64, device: Device) -> Self {
-        Model { backbone: Backbone::new(arch, device), projector: Projector::new(arch.width(), dim, device), key: None }
+        Model {
+            backbone: Backbone::new(arch, device),
+            projector: Projector::new(arch.width(), dim, device),
+            dense: None,
+            key: None,
+        }
     }
 
     /// The same with a projector of one linear layer.
     #[must_use]
     pub fn with_linear_projector(arch: Arch, dim: i64, device: Device) -> Self {
-        Model {
-            backbone: Backbone::new(arch, device),
-            projector: Projector::linear(arch.width(), dim, device),
-            key: None,
-        }
+        Model { projector: Projector::linear(arch.width(), dim, device), ..Self::new(arch, dim, device) }
     }
 
     /// The same with a key encoder, and a queue of `queue` bank rows.
@@ -67,30 +77,97 @@ impl Model {
         Model { key: Some(Momentum::new(arch, dim, queue, device)), ..Self::new(arch, dim, device) }
     }
 
+    /// The same with a second head over the positions of the last feature map, trained and of keys.
+    #[must_use]
+    pub fn with_dense_keys(arch: Arch, dim: i64, queue: i64, device: Device) -> Self {
+        Model {
+            dense: Some(Projector::new(arch.width(), dim, device)),
+            key: Some(Momentum::with_dense(arch, dim, queue, device)),
+            ..Self::new(arch, dim, device)
+        }
+    }
+
+    /// What convolutions are computed in, `Float` or `BFloat16`: see [`Backbone::compute_in`]. Heads and losses stay in 32 bits.
+    pub fn compute_in(&mut self, kind: Kind) {
+        self.backbone.compute_in(kind);
+        if let Some(key) = &mut self.key {
+            key.backbone.compute_in(kind);
+        }
+    }
+
+    /// See [`Backbone::normalise_with`]; keys are normalised over all ranks too.
+    pub fn normalise_with(&mut self, group: Option<Arc<ProcessGroup>>) {
+        if let Some(key) = &mut self.key {
+            key.backbone.normalise_with(group.clone());
+        }
+        self.backbone.normalise_with(group);
+    }
+
+    /// Whether batches are normalised with those of other ranks, which then wait for a batch of none too.
+    #[must_use]
+    pub fn normalises_together(&self) -> bool {
+        self.backbone.normalises_together()
+    }
+
+    /// See [`Backbone::check_ranks`].
+    ///
+    /// # Errors
+    /// A peer was lost in a forward pass.
+    pub fn check_ranks(&self) -> Result<(), sgcl_c10d::Error> {
+        self.backbone.check_ranks()?;
+        self.key.as_ref().map_or(Ok(()), |key| key.backbone.check_ranks())
+    }
+
     /// Draws the initial weights: a pure function of `seed`. A key encoder begins with [`Momentum::begin`].
     pub fn init(&self, seed: u64) {
         self.backbone.init(seed, 0);
-        self.projector.init(seed, self.backbone.parameters().len() as u64);
+        let backbone = self.backbone.parameters().len();
+        self.projector.init(seed, backbone as u64);
+        if let Some(dense) = &self.dense {
+            dense.init(seed, (backbone + self.projector.parameters().len()) as u64);
+        }
     }
 
     /// One pass. Globals go through the backbone together, then locals together, so BatchNorm sees them apart.
     #[must_use]
     pub fn forward(&self, views: &Views, train: bool) -> Outputs {
-        let pooled = self.backbone.features(&views.global, train);
-        Outputs {
+        let map = self.backbone.feature_map(&views.global, train);
+        let pooled = pool(&map);
+        let mut outputs = Outputs {
             q: self.projector.forward(&pooled),
             x: l2_normalize(&pooled.detach()),
             ql: views.local.as_ref().map(|local| self.projector.forward(&self.backbone.features(local, train))),
-            keys: self.key.as_ref().zip(views.key.as_ref()).map(|(key, views)| key.keys(views)),
+            dense_keys: None,
+            keys: None,
+        };
+        let keys = self.key.as_ref().zip(views.key.as_ref()).map(|(key, views)| key.keys(views));
+        let Some(Keys { global, dense: keys }) = keys else {
+            return outputs;
+        };
+        outputs.keys = Some(global);
+        if let (Some(head), Some(keys)) = (&self.dense, keys) {
+            let features = dense::positions(&map);
+            let matched = dense::matches(&features.detach(), &keys.features).unsqueeze(2);
+            let [b, p, d] = [0, 1, 2].map(|at| keys.positions.size()[at]);
+            let own = keys.positions.gather(1, &matched.expand([b, p, d], false), false);
+            outputs.ql = Some(dense::by_position(&head.forward(&features)));
+            outputs.dense_keys = Some(dense::by_position(&own));
+            outputs.x = keys.pooled;
         }
+        outputs
     }
 
-    /// Trainable tensors in a fixed order: `backbone.*` as torchvision orders them, then `projector.*`.
+    /// Trainable tensors in a fixed order: `backbone.*` as torchvision orders them, then `projector.*`, then `dense.*`.
     #[must_use]
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
         prefixed("backbone", self.backbone.parameters())
             .chain(prefixed("projector", self.projector.parameters()))
+            .chain(prefixed("dense", self.dense()))
             .collect()
+    }
+
+    fn dense(&self) -> Vec<(String, Tensor)> {
+        self.dense.as_ref().map(Projector::parameters).unwrap_or_default()
     }
 
     /// BatchNorm's running means and variances.
@@ -105,6 +182,7 @@ impl Model {
         let key = self.key.as_ref().map(Momentum::state).unwrap_or_default();
         prefixed("backbone", self.backbone.state())
             .chain(prefixed("projector", self.projector.parameters()))
+            .chain(prefixed("dense", self.dense()))
             .chain(prefixed("key", key))
             .collect()
     }

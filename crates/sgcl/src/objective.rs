@@ -22,7 +22,8 @@
 //! | hard negatives, by strata | histograms 2·B·8192 (all-reduce), keys of 8 bytes, about B·(H + 6·√(H·256) + 8·256) |
 //! | sums (reduce-scatter) | B·(12D + 8) |
 //!
-//! Local aggregation has no auxiliary anchors and no hard negatives: its nearest rows go over the wire once, its sums are B·(2D + 3).
+//! DenseCL has P local queries of width D instead of the corners', no auxiliary anchors and no hard negatives: queries are B·(3 + P)·D, sums
+//! B·(2D + 1 + P·(D + 1)). Local aggregation has no auxiliary anchors and no hard negatives: its nearest rows go over the wire once, its sums are B·(2D + 3).
 //! SSLP's sums are B·(5D + 7), after an all-reduce of B.
 //!
 //! Whether hard negatives go by rank or by strata depends on B and N alone, so every world computes the same.
@@ -40,7 +41,7 @@ mod sums;
 
 pub use batch::{Negatives, Queries, gather};
 pub use hard::HardKey;
-pub use params::{HardBy, Inter, Params, ParamsError, Variant};
+pub use params::{HardBy, Inter, Local, Params, ParamsError, Variant};
 pub use pool::{Candidates, Pool};
 pub use positives::{Positives, RowLists};
 
@@ -55,10 +56,14 @@ use tch::{Kind, Tensor};
 pub struct StepInputs<'a> {
     /// (b, D) unit rows of this rank's global views, with gradient; b may be 0 at an epoch's end.
     pub q: &'a Tensor,
-    /// (b, Db) unit rows of the backbone; no gradient flows into them. Looked at where there are hard negatives.
+    /// (b, Db) unit rows of the backbone; no gradient flows into them. Looked at where there are hard negatives, and with
+    /// [`Local::Dense`]: there Db = D, and they are the pooled keys.
     pub x: &'a Tensor,
-    /// (4b, D) unit rows of the local views, corner-major (tl, tr, bl, br), with gradient; (4b, 0) where a method has none.
+    /// (4b, D) unit rows of the local views, corner-major (tl, tr, bl, br), with gradient; (4b, 0) where a method has none. With
+    /// [`Local::Dense`] (P·b, D), position-major.
     pub ql: &'a Tensor,
+    /// (P·b, D) unit rows, no gradient, with [`Local::Dense`]: the key of each local query.
+    pub dense_keys: Option<&'a Tensor>,
     /// (b, D) unit rows of the anchors' keys, no gradient: where given, they stand for the own rows in the intra term, and the global bank
     /// takes them instead of `q`.
     pub keys: Option<&'a Tensor>,
@@ -92,9 +97,9 @@ pub struct StepOutput {
     pub spatial: Tensor,
     /// Semantic positives against hard negatives, there.
     pub semantic: Tensor,
-    /// Local views' own rows against random rows.
+    /// Local views' own rows against random rows; with [`Local::Dense`] local keys against pooled ones.
     pub inner: Tensor,
-    /// intra + weight · (inter + spatial + semantic) + inner, a scalar whose `backward` fills the gradients of `q` and `ql`.
+    /// intra + weight · (inter + spatial + semantic) + inner (intra and inner weighted with [`Local::Dense`]), a scalar whose `backward` fills the gradients of `q` and `ql`.
     pub total: Tensor,
     /// Features of all ranks' anchors, to be blended into the banks, in the order of `ids`.
     pub features: BankRows,
@@ -167,7 +172,7 @@ pub fn step(
     let cx = Context { banks, params: p, ring, pool: inputs.pool };
     let (batch, found, sums) = tch::no_grad(|| -> Result<_, StepError> {
         let StepInputs { q, x, ql, keys, ids, .. } = *inputs;
-        let batch = Batch::gather(&Queries { q, x, ql, keys, ids }, banks, ring)?;
+        let batch = Batch::gather(&Queries { q, x, ql, keys, ids }, p.local, banks, ring)?;
         let found = match p.inter {
             Inter::United | Inter::Apart => {
                 let positives = positives::find(&batch, inputs, &cx)?;
@@ -181,7 +186,7 @@ pub fn step(
         Ok((batch, found, sums))
     })?;
     let (q, ql) = (inputs.q.detach(), inputs.ql.detach());
-    let losses = tch::no_grad(|| sums.losses(&q, &ql, inputs.inter_weight, &cx));
+    let losses = tch::no_grad(|| sums.losses(&q, &ql, inputs, &cx));
     // The value of the loss, with the gradient that was summed up: constant + (queries − themselves)·gradient.
     let pull = |queries: &Tensor, gradient: &Tensor| ((queries - queries.detach()) * gradient).sum(Kind::Float);
     let total = &losses.total + pull(inputs.q, &losses.dq) + pull(inputs.ql, &losses.dql);
@@ -201,14 +206,21 @@ fn check(inputs: &StepInputs<'_>, banks: &Banks, p: &Params, ring: &dyn Collecti
         if expected == got { Ok(()) } else { Err(StepError::Shape { name, expected, got }) }
     };
     shape("q", vec![mine, d], inputs.q.size())?;
-    if p.ranks() {
+    if p.ranks() || p.dense() {
         shape("x", vec![mine, db], inputs.x.size())?;
     }
-    shape("ql", vec![4 * mine, local], inputs.ql.size())?;
+    if p.dense() {
+        let all = vec![p.local.parts() * mine, d];
+        shape("backbone bank", vec![d], vec![db])?;
+        shape("ql", all.clone(), inputs.ql.size())?;
+        shape("dense_keys", all, inputs.dense_keys.map_or_else(Vec::new, Tensor::size))?;
+    } else {
+        shape("ql", vec![4 * mine, local], inputs.ql.size())?;
+    }
     if let Some(keys) = inputs.keys {
         shape("keys", vec![mine, d], keys.size())?;
     }
-    if p.inner {
+    if p.local == Local::Corners {
         shape("corner banks", vec![d], vec![local])?;
     }
     shape("clusters", vec![banks.held()], inputs.clusters.size())?;

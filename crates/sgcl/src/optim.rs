@@ -19,6 +19,17 @@ pub enum OptimError {
         /// Shape of the state.
         got: Vec<i64>,
     },
+    /// libtorch refused.
+    #[error(transparent)]
+    Kernel(#[from] sgcl_c10d::Error),
+}
+
+/// Tensors that one kernel walks, place by place.
+#[derive(Default)]
+struct Group {
+    parameters: Vec<Tensor>,
+    gradients: Vec<Tensor>,
+    momenta: Vec<Tensor>,
 }
 
 /// Momentum SGD over named parameters; weight decay applies to all of them.
@@ -38,25 +49,30 @@ impl Sgd {
     }
 
     /// d = gradient + decay·p; m ← momentum·m + d (m = d at first); p ← p − lr·m. A parameter without gradient stays.
-    pub fn step(&mut self, lr: f64) {
-        tch::no_grad(|| {
-            for (name, parameter) in &mut self.parameters {
-                let gradient = parameter.grad();
-                if !gradient.defined() {
-                    continue;
-                }
-                let d = gradient + &*parameter * self.weight_decay;
-                let m = match self.momenta.get_mut(name) {
-                    Some(m) => {
-                        let _ = m.g_mul_scalar_(self.momentum);
-                        let _ = m.g_add_(&d);
-                        m
-                    }
-                    None => self.momenta.entry(name.clone()).or_insert(d),
-                };
-                let _ = parameter.g_sub_(&(&*m * lr));
+    ///
+    /// # Errors
+    /// [`OptimError::Kernel`]: a bug.
+    pub fn step(&mut self, lr: f64) -> Result<(), OptimError> {
+        // Those that have a momentum, and those that begin one: each is one kernel over all of its parameters.
+        let (mut going, mut beginning) = (Group::default(), Group::default());
+        for (name, parameter) in &self.parameters {
+            let gradient = parameter.grad();
+            if !gradient.defined() {
+                continue;
             }
-        });
+            let group = if self.momenta.contains_key(name) { &mut going } else { &mut beginning };
+            let momentum =
+                self.momenta.entry(name.clone()).or_insert_with(|| tch::no_grad(|| parameter.detach().zeros_like()));
+            group.momenta.push(momentum.shallow_clone());
+            group.parameters.push(parameter.detach());
+            group.gradients.push(gradient);
+        }
+        for (group, first) in [(going, false), (beginning, true)] {
+            let Self { momentum, weight_decay, .. } = *self;
+            let how = sgcl_c10d::optim::Sgd { lr, momentum, weight_decay, first };
+            sgcl_c10d::optim::sgd(&group.parameters, &group.gradients, &group.momenta, how)?;
+        }
+        Ok(())
     }
 
     /// Zeroes the gradients in place (their storage may belong to a reducer).

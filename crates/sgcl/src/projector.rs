@@ -40,14 +40,19 @@ impl Projector {
         }
     }
 
-    /// Pooled features (B, Db) → unit rows (B, D).
+    /// Pooled features (B, Db) → unit rows (B, D). Features of a map's positions, (…, Db), become (…, D): what 1×1 convolutions do.
     pub fn forward(&self, features: &Tensor) -> Tensor {
+        l2_normalize(&self.project(features))
+    }
+
+    /// The same, before rows are divided by their length.
+    pub fn project(&self, features: &Tensor) -> Tensor {
         let mut x = features.shallow_clone();
         for (at, (weight, bias)) in self.layers.iter().enumerate() {
             x = if at == 0 { x } else { x.relu() };
             x = x.linear(weight, Some(bias));
         }
-        l2_normalize(&x)
+        x
     }
 
     /// Trainable tensors, named as a `torch.nn.Sequential(Linear, ReLU, Linear)`, or `(Linear)`, names them, in its order.

@@ -148,3 +148,29 @@ fn an_unknown_architecture_is_named() {
     assert_eq!("resnet50".parse::<Arch>().unwrap(), Arch::ResNet50);
     assert!("vgg".parse::<Arch>().unwrap_err().to_string().contains("vgg"));
 }
+
+#[test]
+fn in_bfloat16_features_and_gradients_point_the_same_way_from_weights_of_32_bits() {
+    let run = |kind: Kind| {
+        let mut model = Model::new(Arch::ResNet18, 128, Device::Cpu);
+        model.init(seed());
+        model.compute_in(kind);
+        let x = Tensor::arange(8 * 3 * 64 * 64, (Kind::Float, Device::Cpu)).sqrt().sin().view([8, 3, 64, 64]);
+        let out = model.forward(&Views { global: x, local: None, key: None }, true);
+        assert_eq!((out.q.kind(), out.x.kind()), (Kind::Float, Kind::Float));
+        (&out.q * out.q.detach().flip([0])).sum(Kind::Float).backward();
+        let gradients: Vec<Tensor> = model.parameters().into_iter().map(|(_, p)| p.grad().view([-1])).collect();
+        assert!(gradients.iter().all(|gradient| gradient.kind() == Kind::Float));
+        assert!(model.state().iter().all(|(_, tensor)| tensor.kind() != Kind::BFloat16));
+        (out.x, Tensor::cat(&gradients, 0))
+    };
+    let ((x, gradient), (narrow_x, narrow)) = (run(Kind::Float), run(Kind::BFloat16));
+    assert!(x != narrow_x, "bfloat16 was not used");
+    let cosine = |a: &Tensor, b: &Tensor| {
+        a.view([-1]).dot(&b.view([-1])).double_value(&[]) / (a.norm() * b.norm()).double_value(&[])
+    };
+    let (features, gradients) = (cosine(&x, &narrow_x), cosine(&gradient, &narrow));
+    assert!(features > 0.999, "features: {features}, SGCL_SEED={}", seed());
+    // Eight bits of mantissa through eighteen layers that are normalised over some dozen values.
+    assert!(gradients > 0.9, "gradients: {gradients}, SGCL_SEED={}", seed());
+}

@@ -8,11 +8,11 @@ use sgcl::bank::{BankRows, Banks, ShardPlan, Widths, unit};
 use sgcl::collective::{Collective, Threads};
 use sgcl::draws::{HardRanks, candidates};
 use sgcl::kmeans::joint_labels;
-use sgcl::objective::{HardBy, HardKey, Inter, Negatives, Params, ParamsError, Pool, StepInputs, Variant, step};
+use sgcl::objective::{HardBy, HardKey, Inter, Local, Negatives, Params, ParamsError, Pool, StepInputs, Variant, step};
 use tch::{Device, Kind, Tensor};
 
 const N: i64 = 360;
-const WIDTHS: Widths = Widths { dim: 16, backbone: 24, local: 0 };
+const DIM: i64 = 16;
 const ANCHORS: i64 = 6;
 const CLUSTERS: i64 = 6;
 /// Weight of what neighbours add.
@@ -55,11 +55,15 @@ struct Case {
     /// (B, D) and rows of the queue, of a method with keys.
     keys: Option<Tensor>,
     queue: Vec<i64>,
+    /// Queries at P positions and their keys, each (P, B, D), of a method with those.
+    dense: Option<[Tensor; 2]>,
 }
 
 impl Case {
     fn new(params: Params, sample: Option<i64>) -> Self {
-        let whole = Banks::random(seed(), N, WIDTHS, ShardPlan::new(&[0], false), 0, CPU);
+        // Pooled dense keys are as wide as keys.
+        let widths = Widths { dim: DIM, backbone: if params.dense() { DIM } else { 24 }, local: 0 };
+        let whole = Banks::random(seed(), N, widths, ShardPlan::new(&[0], false), 0, CPU);
         let rows = whole.rows(&(0..N).collect::<Vec<_>>()).unwrap();
         // Rows around some directions, which the first k-means run has found.
         let centres = rows.global.narrow(0, 0, CLUSTERS).repeat([N / CLUSTERS, 1]);
@@ -75,7 +79,7 @@ impl Case {
         let labels = Tensor::stack(&[patches.remainder(CLUSTERS), second], 0);
         // The last two have the anchor's labels: they may be semantic positives too.
         let spatial = ids.iter().map(|id| (id + 1..id + 3 + id % 4).chain([id + 42, id + 84]).collect()).collect();
-        Self { params, rows, labels, ids, spatial, q, x, sample, keys: None, queue: Vec::new() }
+        Self { params, rows, labels, ids, spatial, q, x, sample, keys: None, queue: Vec::new(), dense: None }
     }
 
     fn double(&self) -> (Tensor, Tensor) {
@@ -148,6 +152,14 @@ fn rank(ring: &Threads, case: &Case) -> Outcome {
     let q = case.q.narrow(0, from, count).copy().set_requires_grad(true);
     let labels = joint_labels(&case.labels, CLUSTERS).index_select(0, banks.slot_rows());
     let keys = case.keys.as_ref().map(|keys| keys.narrow(0, from, count));
+    // Position-major, of this rank's anchors alone.
+    let side = |all: &Tensor| all.narrow(1, from, count).reshape([-1, DIM]);
+    let ql = match &case.dense {
+        None => Tensor::zeros([4 * count, 0], CPU),
+        Some([queries, _]) => side(queries),
+    };
+    let ql = ql.set_requires_grad(true);
+    let dense_keys = case.dense.as_ref().map(|[_, keys]| side(keys));
     let pool = match case.sample {
         None => Pool::exact(&banks),
         Some(count) => Pool::sampled(&banks, count, seed(), 1, 2),
@@ -156,7 +168,8 @@ fn rank(ring: &Threads, case: &Case) -> Outcome {
         &StepInputs {
             q: &q,
             x: &case.x.narrow(0, from, count),
-            ql: &Tensor::zeros([4 * count, 0], CPU),
+            ql: &ql,
+            dense_keys: dense_keys.as_ref(),
             keys: keys.as_ref(),
             ids: &ids,
             spatial: &case.spatial,
@@ -178,13 +191,17 @@ fn rank(ring: &Threads, case: &Case) -> Outcome {
     let written = case.keys.as_ref().unwrap_or(&case.q);
     assert!(out.features.global.allclose(written, 0.0, 0.0, false), "rank {rank} would write other rows");
     let losses = [&out.intra, &out.inter, &out.spatial, &out.semantic, &out.total];
-    Outcome { losses: losses.map(|l| l.double_value(&[]) * share).to_vec(), gradient: values(&q.grad()) }
+    let mut gradient = values(&q.grad());
+    if case.dense.is_some() {
+        gradient.extend(values(&ql.grad().view([-1, count, DIM]).transpose(0, 1)));
+    }
+    Outcome { losses: losses.map(|l| l.double_value(&[]) * share).to_vec(), gradient }
 }
 
 fn aggregated() -> Params {
     Params {
         intra: false,
-        inner: false,
+        local: Local::None,
         inter: Inter::Aggregated,
         nearest: 60,
         clusters: CLUSTERS,
@@ -243,12 +260,12 @@ fn an_anchor_without_close_neighbours_counts_for_nothing() {
     let found = outcome(1, make);
     agree("loss", &found.losses[1..2], &[loss.double_value(&[])]);
     agree("gradient", &found.gradient, &values(&q.grad()));
-    assert!(found.gradient[..WIDTHS.dim as usize].iter().all(|&g| g == 0.0));
+    assert!(found.gradient[..DIM as usize].iter().all(|&g| g == 0.0));
 }
 
 fn apart() -> Params {
     Params {
-        inner: false,
+        local: Local::None,
         inter: Inter::Apart,
         nearest: 40,
         hard: 20,
@@ -363,7 +380,7 @@ fn an_anchor_without_neighbours_has_an_intra_term_alone() {
 #[test]
 fn moco_tells_this_steps_keys_from_the_queue_on_any_number_of_ranks() {
     let make = || {
-        let params = Params { inner: false, inter: Inter::None, negatives: 40, ..Params::default() };
+        let params = Params { local: Local::None, inter: Inter::None, negatives: 40, ..Params::default() };
         let mut case = Case::new(params, None);
         case.keys = Some(unit(&(&case.q + case.rows.global.narrow(0, 100, ANCHORS) * 0.5)));
         // An own row among them, and one that stands there twice.
@@ -386,6 +403,61 @@ fn moco_tells_this_steps_keys_from_the_queue_on_any_number_of_ranks() {
         let what = format!("{world} ranks");
         agree(&what, &found.losses, &[loss, 0.0, 0.0, 0.0, loss]);
         agree(&what, &found.gradient, &values(&q.grad()));
+    }
+}
+
+#[test]
+fn densecl_is_its_definition_on_any_number_of_ranks() {
+    const POSITIONS: i64 = 4;
+    let make = || {
+        let local = Local::Dense { positions: POSITIONS, share: 0.3 };
+        let params = Params { local, inter: Inter::None, negatives: 40, ..Params::default() };
+        let mut case = Case::new(params, None);
+        case.keys = Some(unit(&(&case.q + case.rows.global.narrow(0, 100, ANCHORS) * 0.5)));
+        case.queue = (200..238).chain([case.ids[0], 200]).collect();
+        let rows = |from| case.rows.backbone.narrow(0, from, POSITIONS * ANCHORS).view([POSITIONS, ANCHORS, DIM]);
+        let keys = rows(50).copy();
+        let noise = unit(&(rows(120) + &keys)).view([POSITIONS, ANCHORS, DIM]);
+        case.dense = Some([noise, keys]);
+        case
+    };
+    let case = make();
+    let (q, rows) = case.double();
+    let queue = rows_of(&case.queue);
+    let own = rows_of(&case.ids).unsqueeze(1).eq_tensor(&queue.unsqueeze(0));
+    let e = |s: Tensor| (s / case.params.t_instance).exp();
+    // Contrast of queries (B, D) with their keys against rows of the queue.
+    let contrast = |q: &Tensor, keys: &Tensor, rows: &Tensor| {
+        let positive = e(sum(&(q * keys)));
+        let negatives = e(q.matmul(&rows.index_select(0, &queue).tr())) * own.logical_not();
+        (&positive / (&positive + sum(&negatives))).log().mean(Kind::Double).neg()
+    };
+    let intra = contrast(&q, &case.keys.as_ref().unwrap().to_kind(Kind::Double), &rows);
+    let [dense, keys] = case.dense.as_ref().unwrap();
+    let dense = dense.to_kind(Kind::Double).set_requires_grad(true);
+    let (keys, pooled) = (keys.to_kind(Kind::Double), case.rows.backbone.to_kind(Kind::Double));
+    let by_position: Vec<Tensor> = (0..POSITIONS).map(|p| contrast(&dense.get(p), &keys.get(p), &pooled)).collect();
+    let inner = Tensor::stack(&by_position, 0).mean(Kind::Double);
+    let total = &intra * 0.7 + &inner * 0.3;
+    total.backward();
+    for world in 1..=4 {
+        let found = outcome(world, make);
+        let what = format!("{world} ranks");
+        agree(
+            &what,
+            &found.losses,
+            &[&intra, &(&intra * 0.0), &(&intra * 0.0), &(&intra * 0.0), &total].map(|l| l.double_value(&[])),
+        );
+        // By rank: its anchors' own, then those of its positions.
+        let part = |r: i64| (ANCHORS * r / world as i64, ANCHORS * (r + 1) / world as i64);
+        let expected: Vec<f64> = (0..world as i64)
+            .flat_map(|r| {
+                let (from, to) = part(r);
+                let side = dense.grad().narrow(1, from, to - from).transpose(0, 1);
+                [values(&q.grad().narrow(0, from, to - from)), values(&side)].concat()
+            })
+            .collect();
+        agree(&what, &found.gradient, &expected);
     }
 }
 

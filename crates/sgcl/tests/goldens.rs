@@ -180,6 +180,7 @@ fn rank(case: &Case, variant: Variant, ring: &Threads, ranges: &[std::ops::Range
             q: &unit(&q),
             x: &mine(case.get("in.x"), 0),
             ql: &unit(&ql),
+            dense_keys: None,
             keys: None,
             ids: &ranges.iter().map(|range| ids[range.clone()].to_vec()).collect::<Vec<_>>(),
             spatial: &spatial,

@@ -7,7 +7,7 @@ use sgcl::collective::Solo;
 use sgcl::draws::{HardRanks, negatives};
 use sgcl::kmeans::{KMeans, cluster, joint_labels};
 use sgcl::neighbours::Lattice;
-use sgcl::objective::{HardKey, Inter, Negatives, Params, ParamsError, Pool, StepInputs, step};
+use sgcl::objective::{HardKey, Inter, Local, Negatives, Params, ParamsError, Pool, StepInputs, step};
 use sgcl::optim::Sgd;
 use sgcl::schedule::{cosine, rampup};
 use std::collections::BTreeSet;
@@ -180,7 +180,7 @@ fn sgd_follows_the_formula_and_resumes_from_its_state() {
     for step in 0..5 {
         sgd.zero_grad();
         (&p * &p).sum(Kind::Float).backward();
-        sgd.step(0.1);
+        sgd.step(0.1).unwrap();
         for i in 0..2 {
             m[i] = 0.9 * m[i] + 2.0 * want[i] + 1e-4 * want[i];
             want[i] -= 0.1 * m[i];
@@ -226,6 +226,7 @@ fn shared_negatives_give_the_loss_of_the_same_rows_per_anchor_and_isolated_ancho
                 q: &q,
                 x: &all.backbone.narrow(0, 5, 2),
                 ql: &ql,
+                dense_keys: None,
                 keys: None,
                 ids: &[vec![3, 4]],
                 spatial: &[vec![], vec![]],
@@ -303,6 +304,7 @@ fn methods_without_an_inter_term_are_instance_discrimination_and_nothing_else(#[
             q: &q,
             x: &Tensor::zeros([b, 0], (Kind::Float, Device::Cpu)),
             ql: &ql,
+            dense_keys: None,
             keys: None,
             ids: &[ids.to_vec()],
             spatial: &[vec![], vec![], vec![]],
@@ -314,7 +316,12 @@ fn methods_without_an_inter_term_are_instance_discrimination_and_nothing_else(#[
             inter_weight: 1.0,
         },
         &banks,
-        &Params { inter: Inter::None, inner, negatives: k as i64, ..Params::default() },
+        &Params {
+            inter: Inter::None,
+            local: if inner { Local::Corners } else { Local::None },
+            negatives: k as i64,
+            ..Params::default()
+        },
         &Solo,
     )
     .unwrap();

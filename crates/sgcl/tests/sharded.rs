@@ -117,6 +117,7 @@ fn rank(ring: &Threads, params: &Params, draw: u64, sample: Option<i64>, dtype: 
             q: &q,
             x: &unit(&(&own.backbone + &noise.backbone * 0.3)),
             ql: &ql,
+            dense_keys: None,
             keys: None,
             ids: &ids,
             spatial: &spatial,

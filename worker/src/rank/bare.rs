@@ -61,6 +61,9 @@ pub(crate) fn main(runtime: &Handle, args: &BareArgs, out: &mut impl Write) -> R
     trainer.ring = Box::new(Ring(Arc::clone(&group)));
     trainer.learner.draws = setup::draws(&spec.config, &trainer.learner.params, trainer.layout.n, world)?;
     trainer.fresh()?;
+    if spec.config.backbone.sync_norm {
+        trainer.learner.model.normalise_with(Some(Arc::clone(&group)));
+    }
     trainer.learner.reducer = Some(setup::reducer(&trainer.learner.model, &group)?);
 
     let config = &spec.config;

@@ -69,8 +69,7 @@ impl Trainer {
         ensure!(self.place.rank < world, "rank {} is not in a world of {world}", self.place.rank);
         self.spec.config.check_against(self.subset.len() as u64, world)?;
         let began = Instant::now();
-        // Hooks of the old one go before those of the new one come.
-        self.learner.reducer = None;
+        self.leave();
         let group = setup::ring(session, &self.place, &self.address, self.learner.device, &self.spec.config)?;
         self.learner.draws = setup::draws(&self.spec.config, &self.learner.params, self.layout.n, world)?;
         self.ring = match &group {
@@ -80,6 +79,9 @@ impl Trainer {
         let ringed = began.elapsed();
         let from_commit = self.reunite(session)?;
         let reunited = began.elapsed();
+        if self.spec.config.backbone.sync_norm {
+            self.learner.model.normalise_with(group.clone());
+        }
         self.learner.reducer = group.map(|group| setup::reducer(&self.learner.model, &group)).transpose()?;
         session.reunited(self.position.step, from_commit);
         tracing::info!(

@@ -10,7 +10,7 @@ use sgcl::collective::Solo;
 use sgcl::draws::HardRanks;
 use sgcl::model::Model;
 use sgcl::neighbours::Lattice;
-use sgcl::objective::{Candidates, HardBy, Inter, Params, Variant};
+use sgcl::objective::{Candidates, HardBy, Inter, Local, Params, Variant};
 use sgcl::optim::Sgd;
 use sgcl::schedule;
 use sgcl::weights;
@@ -159,13 +159,19 @@ fn learner(spec: &Spec, set: &PatchSet, subset: &Subset, device: Device) -> Resu
     params.check(n)?;
     let arch: sgcl::backbone::Arch = config.backbone.arch.name().parse()?;
     let dim = i64::try_from(config.projector.dim)?;
-    let model = if config.method.has_keys() {
+    let mut model = if config.method.has_dense() {
+        Model::with_dense_keys(arch, dim, params.negatives, device)
+    } else if config.method.has_keys() {
         Model::with_keys(arch, dim, params.negatives, device)
     } else if config.projector.layers == 1 {
         Model::with_linear_projector(arch, dim, device)
     } else {
         Model::new(arch, dim, device)
     };
+    model.compute_in(match config.precision {
+        config::Precision::Fp32 => Kind::Float,
+        config::Precision::Bf16 => Kind::BFloat16,
+    });
     let sgd = Sgd::new(model.parameters(), config.optimizer.momentum, config.optimizer.weight_decay);
     let index = set.index();
     let rows = subset.rows();
@@ -194,7 +200,7 @@ pub(crate) fn first_weights(model: &Model, config: &RunConfig, n: i64) -> Result
         }
     }
     if let Some(key) = &model.key {
-        key.begin(&model.backbone, &model.projector, config.seed, n);
+        key.begin(&model.parameters(), config.seed, n);
     }
     Ok(())
 }
@@ -237,7 +243,12 @@ fn layout(config: &RunConfig, n: i64, backbone: i64, device: Device) -> Result<L
     let dim = i64::try_from(config.projector.dim)?;
     let widths = Widths {
         dim,
-        backbone: if config.method.has_hard() { backbone } else { 0 },
+        // Where nothing is ranked a dense head's pooled keys lie there.
+        backbone: match config.method {
+            method if method.has_hard() => backbone,
+            method if method.has_dense() => dim,
+            _ => 0,
+        },
         local: if config.method.has_local_views() { dim } else { 0 },
     };
     Ok(Layout { n, widths, runs: i64::try_from(config.kmeans.runs)?, dtype, device })
@@ -255,9 +266,19 @@ fn params(config: &RunConfig) -> Result<Params> {
             config::Method::Sgcl => Inter::United,
             config::Method::LocalAggregation => Inter::Aggregated,
             config::Method::Sslp => Inter::Apart,
-            config::Method::Npid | config::Method::NpidMcrop | config::Method::MocoV2 => Inter::None,
+            config::Method::Npid | config::Method::NpidMcrop | config::Method::MocoV2 | config::Method::Densecl => {
+                Inter::None
+            }
         },
-        inner: config.method.has_local_views(),
+        local: match config.method {
+            method if method.has_local_views() => Local::Corners,
+            // A ResNet's last map is 32 times smaller than its view, rounded up.
+            method if method.has_dense() => {
+                let side = i64::from(config.views.global_px.div_ceil(32));
+                Local::Dense { positions: side * side, share: objective.dense_share }
+            }
+            _ => Local::None,
+        },
         radius: objective.radius,
         auxiliary: i64::try_from(objective.aux)?,
         nearest: i64::try_from(objective.nearest)?,

@@ -11,7 +11,7 @@ use sgcl::draws::{self, HardRanks};
 use sgcl::kmeans::joint_labels;
 use sgcl::model::{Model, Outputs};
 use sgcl::neighbours::Lattice;
-use sgcl::objective::{self, Candidates, HardKey, Negatives, Params, Pool, Queries, StepInputs, StepOutput};
+use sgcl::objective::{self, Candidates, HardKey, Local, Negatives, Params, Pool, Queries, StepInputs, StepOutput};
 use sgcl::optim::Sgd;
 use sgcl_c10d::Reducer;
 use tch::{Device, Kind, Tensor};
@@ -120,11 +120,11 @@ impl Learner {
         };
         // From here on nothing waits for another rank: a step is finished or not begun.
         // torchvision counts passes in training mode: globals and locals, whatever the number of lanes.
-        let passes = 1 + u64::from(self.params.inner);
+        let passes = 1 + u64::from(self.params.local == Local::Corners);
         self.model.backbone.set_batches_tracked(i64::try_from(passes * (plan.total + 1))?);
-        self.sgd.step(plan.lr);
+        self.sgd.step(plan.lr)?;
         if let Some(key) = &self.model.key {
-            key.follow(&self.model.backbone, &self.model.projector, self.key_momentum);
+            key.follow(&self.model.parameters(), self.key_momentum);
             key.enqueue(&plan.rows.concat());
         }
         // After all lanes: what a step sees of the bank does not depend on how its lanes are dealt.
@@ -167,7 +167,7 @@ impl Learner {
         let initial = self.model.backbone.bn_stats();
         let lanes = batches.len();
         for (offset, batch) in batches.into_iter().enumerate() {
-            let Outputs { q, x, ql, keys } = tch::no_grad(|| self.forward(&batch))?;
+            let Outputs { q, x, ql, keys, .. } = tch::no_grad(|| self.forward(&batch))?;
             // Seen in training mode, by the batch's own statistics; the running ones begin with the first step.
             self.model.backbone.set_bn_stats(&initial);
             let ids = every(rows, offset, lanes);
@@ -216,7 +216,7 @@ impl Learner {
             if batch.patches.is_empty() {
                 // The epoch's tail has nothing for this lane, but the ring waits for its gradients: zeros.
                 let nothing: Tensor = parameters.iter().map(|p| p.sum(Kind::Float) * 0.0).sum();
-                sgcl_c10d::backward(&nothing)?;
+                sgcl_c10d::backward(&(nothing + &loss.total))?;
             } else {
                 // The reducer averages over ranks; a lane counts by its anchors.
                 sgcl_c10d::backward(&(&loss.total * (share * ring.world() as f64)))?;
@@ -243,13 +243,17 @@ impl Learner {
 
     /// Queries of one lane; none where the lane is empty.
     fn forward(&self, batch: &LaneBatch) -> Result<Outputs> {
-        if batch.patches.is_empty() {
+        if batch.patches.is_empty() && !self.model.normalises_together() {
             let Widths { dim, backbone, .. } = self.held.banks.widths();
             let none = |width| Tensor::zeros([0, width], (Kind::Float, self.device));
-            let (ql, keys) = (self.params.inner.then(|| none(dim)), self.model.key.as_ref().map(|_| none(dim)));
-            return Ok(Outputs { q: none(dim), x: none(backbone), ql, keys });
+            let ql = (self.params.local != Local::None).then(|| none(dim));
+            let keys = self.model.key.as_ref().map(|_| none(dim));
+            let dense_keys = self.model.dense.as_ref().map(|_| none(dim));
+            return Ok(Outputs { q: none(dim), x: none(backbone), ql, dense_keys, keys });
         }
-        Ok(self.model.forward(&batch.views.to_views(self.device), true))
+        let outputs = self.model.forward(&batch.views.to_views(self.device), true);
+        self.model.check_ranks()?;
+        Ok(outputs)
     }
 
     /// Losses of this rank's lane, together with the lanes of the other ranks.
@@ -275,6 +279,7 @@ impl Learner {
                 q: &output.q,
                 x: &output.x,
                 ql: output.ql.as_ref().unwrap_or(&no_local),
+                dense_keys: output.dense_keys.as_ref(),
                 keys: output.keys.as_ref(),
                 ids: &ids,
                 spatial: &spatial,

@@ -199,7 +199,9 @@ impl Trainer {
 
     /// Lets go of a generation's ring, which frees the peers that still wait in it.
     pub(crate) fn leave(&mut self) {
+        // Hooks of the old one go before those of the new one come.
         self.learner.reducer = None;
+        self.learner.model.normalise_with(None);
         self.ring = Box::new(Solo);
     }
 

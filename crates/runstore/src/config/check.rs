@@ -51,7 +51,10 @@ impl RunConfig {
         );
         need(
             self.projector.layers == 2 || !self.method.has_keys(),
-            format!("projector.layers {} is not 2: moco-v2 is MoCo with a head of two layers", self.projector.layers),
+            format!(
+                "projector.layers {} is not 2: moco-v2 and densecl have heads of two layers",
+                self.projector.layers
+            ),
         );
         let j = &self.objective;
         need(
@@ -67,6 +70,7 @@ impl RunConfig {
             (0.0..=1.0).contains(&j.key_momentum),
             format!("objective.key_momentum {} is not in [0, 1]", j.key_momentum),
         );
+        need((0.0..=1.0).contains(&j.dense_share), format!("objective.dense_share {} is not in [0, 1]", j.dense_share));
         need(
             !self.method.has_keys() || self.bank.momentum == 0.0,
             format!("bank.momentum {}: a queue holds keys as they are; set bank.momentum to 0", self.bank.momentum),

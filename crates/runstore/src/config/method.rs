@@ -34,6 +34,11 @@ pub enum Method {
     /// newest key. Views are the family's; MoCo blurs besides. BatchNorm is not shuffled over ranks: keys and queries of a
     /// micro-batch are normalised by statistics of the same patches.
     MocoV2,
+    /// DenseCL (Wang et al. 2021): (1 − λ)·MoCo v2's loss + λ·its dense one, λ = `objective.dense_share`. A second head of 1×1 convolutions gives
+    /// a query at every position of the last feature map; its key is the position of the second view's map whose backbone features
+    /// are most similar, and its negatives are the pooled dense keys of the queue's patches. The dense loss is a mean over positions and
+    /// is reported as inner. All else is as in MoCo v2.
+    Densecl,
 }
 
 impl Method {
@@ -65,6 +70,7 @@ impl Method {
             Self::LocalAggregation => "local aggregation",
             Self::Sslp => "spatially guided self-supervised learning (SSLP)",
             Self::MocoV2 => "momentum contrast (MoCo v2)",
+            Self::Densecl => "dense contrastive learning (DenseCL)",
         }
     }
 
@@ -74,7 +80,7 @@ impl Method {
         match self {
             Self::Sgcl => &["intra", "inter", "inner"],
             Self::Npid | Self::MocoV2 => &["intra"],
-            Self::NpidMcrop => &["intra", "inner"],
+            Self::NpidMcrop | Self::Densecl => &["intra", "inner"],
             Self::LocalAggregation => &["inter"],
             Self::Sslp => &["intra", "spatial", "semantic"],
         }
@@ -83,7 +89,13 @@ impl Method {
     /// Whether a key encoder makes the bank's rows.
     #[must_use]
     pub fn has_keys(self) -> bool {
-        matches!(self, Self::MocoV2)
+        matches!(self, Self::MocoV2 | Self::Densecl)
+    }
+
+    /// Whether positions of the feature map have keys too.
+    #[must_use]
+    pub fn has_dense(self) -> bool {
+        matches!(self, Self::Densecl)
     }
 
     /// Whether neighbours come in gradually, by METHOD's w(epoch). Where they are all there is they count in full.

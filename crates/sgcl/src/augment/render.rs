@@ -127,6 +127,8 @@ pub struct ViewBatch {
     pub local: Vec<f32>,
     /// (B, 3, G, G), row-major; empty where a method has no keys.
     pub key: Vec<f32>,
+    /// Whether it has, which an empty batch does not tell.
+    pub has_key: bool,
 }
 
 impl ViewBatch {
@@ -141,6 +143,7 @@ impl ViewBatch {
             global: vec![0.0; values(params.global_px, 1)],
             local: vec![0.0; values(params.local_px, 4)],
             key: vec![0.0; values(params.global_px, usize::from(params.key))],
+            has_key: params.key,
         }
     }
 
@@ -166,10 +169,13 @@ impl ViewBatch {
     #[must_use]
     pub fn to_views(&self, device: Device) -> Views {
         let tensor = |values: &[f32], px: u32| {
-            Tensor::from_slice(values).view([-1, 3, i64::from(px), i64::from(px)]).to_device(device)
+            let px = i64::from(px);
+            // Of an empty batch the number of views cannot be told from what there is of it.
+            let views = values.len() as i64 / (3 * px * px);
+            Tensor::from_slice(values).view([views, 3, px, px]).to_device(device)
         };
         let local = (self.local_px > 0).then(|| tensor(&self.local, self.local_px));
-        let key = (!self.key.is_empty()).then(|| tensor(&self.key, self.global_px));
+        let key = self.has_key.then(|| tensor(&self.key, self.global_px));
         Views { global: tensor(&self.global, self.global_px), local, key }
     }
 }

@@ -1,5 +1,6 @@
 //! The queries of all ranks, padded to the longest rank so that every collective has equal parts.
 
+use super::params::Local;
 use super::{Context, StepError};
 use crate::bank::{Bank, BankRows, Banks, Widths};
 use crate::collective::Collective;
@@ -22,7 +23,7 @@ pub struct Queries<'a> {
     pub q: &'a Tensor,
     /// (b, Db) unit rows of the backbone.
     pub x: &'a Tensor,
-    /// (4b, D) unit rows of the local views, corner-major; (4b, 0) where a method has none.
+    /// Unit rows of the local queries, as in [`super::StepInputs`].
     pub ql: &'a Tensor,
     /// (b, D) unit rows that the global bank takes, where these are not `q`.
     pub keys: Option<&'a Tensor>,
@@ -30,12 +31,13 @@ pub struct Queries<'a> {
     pub ids: &'a [Vec<i64>],
 }
 
-/// Features of all ranks' anchors, in the order of `ids`. Every rank calls it together.
+/// Features of all ranks' anchors, in the order of `ids`: what banks take. Every rank calls it together.
 ///
 /// # Errors
 /// [`StepError::Ring`].
 pub fn gather(queries: &Queries<'_>, banks: &Banks, ring: &dyn Collective) -> Result<BankRows, StepError> {
-    tch::no_grad(|| Ok(Batch::gather(queries, banks, ring)?.features()))
+    let local = if banks.widths().local > 0 { Local::Corners } else { Local::None };
+    tch::no_grad(|| Ok(Batch::gather(queries, local, banks, ring)?.features()))
 }
 
 /// Anchors of all ranks: B = world × longest, some of them padding.
@@ -47,8 +49,10 @@ pub(super) struct Batch {
     pub(super) q: Tensor,
     /// (B, Db).
     pub(super) x: Tensor,
-    /// By corner, (B, D).
-    pub(super) ql: [Tensor; 4],
+    /// By corner, or position, (B, D); none where a method has none.
+    pub(super) ql: Vec<Tensor>,
+    /// What they are.
+    local: Local,
     /// (B, D), where the global bank takes others than `q`.
     keys: Option<Tensor>,
     /// Places of the real anchors.
@@ -58,14 +62,23 @@ pub(super) struct Batch {
 }
 
 impl Batch {
-    pub(super) fn gather(queries: &Queries<'_>, banks: &Banks, ring: &dyn Collective) -> Result<Self, StepError> {
-        let Widths { dim: d, backbone: db, local } = banks.widths();
+    pub(super) fn gather(
+        queries: &Queries<'_>,
+        local: Local,
+        banks: &Banks,
+        ring: &dyn Collective,
+    ) -> Result<Self, StepError> {
+        let Widths { dim: d, backbone: db, .. } = banks.widths();
         let longest = queries.ids.iter().map(Vec::len).max().unwrap_or(0) as i64;
         let mine = queries.q.size()[0];
-        let corners = queries.ql.view([4, mine, local]).transpose(0, 1).reshape([mine, 4 * local]);
-        // A bank of width 0 takes nothing.
+        let parts = if local == Local::None { 0 } else { local.parts() };
+        // Side by side, an anchor's local queries are one row. A bank of width 0 takes nothing.
+        let side = match local {
+            Local::None => queries.q.narrow(1, 0, 0),
+            _ => queries.ql.view([parts, mine, d]).transpose(0, 1).reshape([mine, parts * d]),
+        };
         let x = queries.x.narrow(1, 0, db);
-        let mut packed = vec![queries.q, &x, &corners];
+        let mut packed = vec![queries.q, &x, &side];
         packed.extend(queries.keys);
         let packed = Tensor::cat(&packed, 1).to_kind(Kind::Float);
         let packed = ring.all_gather(&packed.constant_pad_nd([0, 0, 0, longest - mine]))?;
@@ -80,8 +93,9 @@ impl Batch {
             ids: Tensor::from_slice(&ids).to_device(banks.device()),
             q: column(0, d),
             x: column(d, db),
-            ql: [0, 1, 2, 3].map(|corner| column(d + db + corner * local, local)),
-            keys: queries.keys.map(|_| column(d + db + 4 * local, d)),
+            ql: (0..parts).map(|part| column(d + db + part * d, d)).collect(),
+            local,
+            keys: queries.keys.map(|_| column(d + db + parts * d, d)),
             real,
             mine,
         })
@@ -119,7 +133,10 @@ impl Batch {
         BankRows {
             global: self.real_rows(self.keys.as_ref().unwrap_or(&self.q)),
             backbone: self.real_rows(&self.x),
-            corners: self.ql.each_ref().map(|corner| self.real_rows(corner)),
+            corners: [0, 1, 2, 3].map(|corner| match self.local {
+                Local::Corners => self.real_rows(&self.ql[corner]),
+                Local::None | Local::Dense { .. } => self.real_rows(&self.q.narrow(1, 0, 0)),
+            }),
         }
     }
 

@@ -29,6 +29,43 @@ pub enum Inter {
     Apart,
 }
 
+/// What an anchor has besides the query of its global view.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Local {
+    /// Nothing.
+    None,
+    /// Four local views, each against its corner's own row and random rows of all corners: the inner term as METHOD has it.
+    #[default]
+    Corners,
+    /// DenseCL: a query at every position of the feature map, each against a key of its own and pooled keys, which lie in the backbone's
+    /// bank. The loss is (1 − share)·intra + share·inner.
+    Dense {
+        /// Positions P of the map.
+        positions: i64,
+        /// Weight of the inner term.
+        share: f64,
+    },
+}
+
+impl Local {
+    /// Local queries of an anchor.
+    #[must_use]
+    pub fn parts(self) -> i64 {
+        match self {
+            Self::None | Self::Corners => 4,
+            Self::Dense { positions, .. } => positions,
+        }
+    }
+
+    /// Weights of the intra and the inner term.
+    pub(super) fn weights(self) -> (f64, f64) {
+        match self {
+            Self::None | Self::Corners => (1.0, 1.0),
+            Self::Dense { share, .. } => (1.0 - share, share),
+        }
+    }
+}
+
 /// How hard negatives are found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HardBy {
@@ -50,8 +87,8 @@ pub struct Params {
     pub intra: bool,
     /// How neighbours are.
     pub inter: Inter,
-    /// Whether the inner term is, which takes local views.
-    pub inner: bool,
+    /// What the inner term is made of.
+    pub local: Local,
     /// Radius of spatial positives, grid units, strict.
     pub radius: f64,
     /// Auxiliary anchors A of an anchor.
@@ -85,7 +122,7 @@ impl Default for Params {
             variant: Variant::Exact,
             intra: true,
             inter: Inter::United,
-            inner: true,
+            local: Local::Corners,
             radius: 3.0,
             auxiliary: 1,
             nearest: 4096,
@@ -165,13 +202,19 @@ impl Params {
     /// Whether random negatives are drawn.
     #[must_use]
     pub fn draws(&self) -> bool {
-        self.intra && self.inter != Inter::Apart || self.inner
+        self.intra && self.inter != Inter::Apart || self.local != Local::None
     }
 
     /// Whether hard negatives are, which takes a backbone bank.
     #[must_use]
     pub fn ranks(&self) -> bool {
         matches!(self.inter, Inter::United | Inter::Apart)
+    }
+
+    /// Whether local queries have keys of their own.
+    #[must_use]
+    pub fn dense(&self) -> bool {
+        matches!(self.local, Local::Dense { .. })
     }
 
     /// What similarities and sums are computed in.
@@ -201,6 +244,11 @@ impl Params {
             if !fits {
                 return Err(ParamsError::Range { name, value, range });
             }
+        }
+        if let Local::Dense { share: value, .. } = self.local
+            && !(0.0..=1.0).contains(&value)
+        {
+            return Err(ParamsError::Range { name: "dense_share", value, range: "[0, 1]" });
         }
         if self.draws() && (self.negatives < 4 || self.negatives % 4 != 0) {
             return Err(ParamsError::Negatives(self.negatives));

@@ -7,6 +7,9 @@ use super::pull::{Pull, attend, total};
 use crate::bank::Bank;
 use tch::{Kind, Tensor};
 
+/// Scores of shared rows at once: 128 MiB. SGCL's at the published size fit, the queries of a feature map may not.
+const SCORES: i64 = 1 << 25;
+
 /// This rank's part of the random negatives.
 pub(super) enum Random {
     /// (k) slots, and how many of them are among the first K/4; (k) rows.
@@ -59,6 +62,27 @@ impl Random {
         }
     }
 
+    /// Queries at every position against all pooled keys, by position.
+    pub(super) fn dense(&self, batch: &Batch, cx: &Context<'_>) -> Vec<Pull> {
+        let parts = batch.ql.len() as i64;
+        let queries = Tensor::cat(&batch.ql, 0);
+        let pull = match self {
+            Self::Shared { slots, rows, .. } => {
+                shared(Bank::Backbone, &queries, &batch.ids.repeat([parts]), slots, rows, cx)
+            }
+            Self::PerAnchor { slots, weight, .. } => {
+                let (slots, weight) = (slots.repeat([parts, 1]), weight.repeat([parts, 1]));
+                attend(cx, Bank::Backbone, &queries, &slots, &weight, cx.params.t_instance)
+            }
+        };
+        pull.sum
+            .chunk(parts, 0)
+            .into_iter()
+            .zip(pull.rows.chunk(parts, 0))
+            .map(|(sum, rows)| Pull { sum, rows })
+            .collect()
+    }
+
     /// Local queries of every corner against all four corner banks.
     pub(super) fn corners(&self, batch: &Batch, cx: &Context<'_>) -> [Pull; 4] {
         let t = cx.params.t_instance;
@@ -88,13 +112,21 @@ impl Random {
     }
 }
 
-/// Rows shared by all queries: one gather, two matrix products.
+/// Rows shared by all queries: one gather, two matrix products for so many queries as their scores fit the scratch.
 fn shared(bank: Bank, queries: &Tensor, ids: &Tensor, slots: &Tensor, rows: &Tensor, cx: &Context<'_>) -> Pull {
     let kind = cx.params.kind();
     let found = cx.banks.at(bank, slots).to_kind(kind);
-    let mut e = ((queries.to_kind(kind).matmul(&found.tr()) - 1.0) / cx.params.t_instance).exp();
-    if cx.params.variant == Variant::Exact {
-        let _ = e.masked_fill_(&ids.unsqueeze(1).eq_tensor(&rows.unsqueeze(0)), 0.0);
+    let all = queries.size()[0];
+    let block = (SCORES / found.size()[0].max(1)).max(1);
+    let (mut sums, mut pulls) = (Vec::new(), Vec::new());
+    for start in (0..all.max(1)).step_by(block as usize) {
+        let part = |t: &Tensor| t.narrow(0, start, block.min(all - start));
+        let mut e = ((part(queries).to_kind(kind).matmul(&found.tr()) - 1.0) / cx.params.t_instance).exp();
+        if cx.params.variant == Variant::Exact {
+            let _ = e.masked_fill_(&part(ids).unsqueeze(1).eq_tensor(&rows.unsqueeze(0)), 0.0);
+        }
+        sums.push(total(&e));
+        pulls.push(e.matmul(&found));
     }
-    Pull { sum: total(&e), rows: e.matmul(&found) }
+    Pull { sum: Tensor::cat(&sums, 0), rows: Tensor::cat(&pulls, 0) }
 }

@@ -2,7 +2,7 @@
 
 use super::batch::Batch;
 use super::inter::{Neighbours, Terms};
-use super::params::Inter;
+use super::params::{Inter, Local};
 use super::pull::{Pull, attend};
 use super::random::Random;
 use super::{Context, Found, StepError, StepInputs};
@@ -13,8 +13,8 @@ use tch::{Kind, Tensor};
 pub(super) struct Sums {
     /// Where there is an intra term.
     global: Option<Instance>,
-    /// Where there is an inner term.
-    corners: Vec<Instance>,
+    /// Of each corner, or position, where there is an inner term.
+    parts: Vec<Instance>,
     neighbours: Neighbours,
 }
 
@@ -34,7 +34,7 @@ pub(super) struct Losses {
     pub(super) total: Tensor,
     /// (b, D)
     pub(super) dq: Tensor,
-    /// (4b, D)
+    /// (4b, D), or (P·b, D).
     pub(super) dql: Tensor,
 }
 
@@ -58,10 +58,17 @@ impl Sums {
             };
             columns.extend([batch.own(Bank::Global, cx), negatives.sum, negatives.rows]);
         }
-        if let (Some(random), true) = (&random, p.inner) {
-            for (corner, pull) in random.corners(batch, cx).into_iter().enumerate() {
-                columns.extend([batch.own(Bank::Corner(corner), cx), pull.sum, pull.rows]);
+        match (&random, p.local) {
+            (Some(random), Local::Corners) => {
+                for (corner, pull) in random.corners(batch, cx).into_iter().enumerate() {
+                    columns.extend([batch.own(Bank::Corner(corner), cx), pull.sum, pull.rows]);
+                }
             }
+            // Their keys are known where they are needed.
+            (Some(random), Local::Dense { .. }) => {
+                columns.extend(random.dense(batch, cx).into_iter().flat_map(|pull| [pull.sum, pull.rows]));
+            }
+            _ => {}
         }
         columns.extend(Neighbours::columns(batch, found, cx)?);
 
@@ -71,18 +78,28 @@ impl Sums {
         let mut parts = mine.split_with_sizes(widths.as_slice(), 1).into_iter();
         // Taken in the order they were put in.
         let mut next = || parts.next().unwrap_or_else(|| Tensor::zeros([0], (Kind::Float, mine.device())));
-        let mut instance = || Instance { own: next(), negatives: Pull { sum: next(), rows: next() } };
-        let mut global = p.intra.then(&mut instance);
+        let mut instance = |own: Option<Tensor>| Instance {
+            own: own.unwrap_or_else(&mut next),
+            negatives: Pull { sum: next(), rows: next() },
+        };
+        let mut global = p.intra.then(|| instance(None));
         if let (Some(instance), Some(keys)) = (&mut global, inputs.keys) {
             instance.own = keys.to_kind(p.kind());
         }
-        let corners = if p.inner { vec![instance(), instance(), instance(), instance()] } else { Vec::new() };
-        Ok(Self { global, corners, neighbours: Neighbours::of(p.inter, &mut next) })
+        let parts = match (p.local, inputs.dense_keys) {
+            (Local::Corners, _) => (0..4).map(|_| instance(None)).collect(),
+            (Local::Dense { positions, .. }, Some(keys)) => {
+                keys.to_kind(p.kind()).chunk(positions, 0).into_iter().map(|own| instance(Some(own))).collect()
+            }
+            _ => Vec::new(),
+        };
+        Ok(Self { global, parts, neighbours: Neighbours::of(p.inter, &mut next) })
     }
 
-    /// `q` (b, D) and `ql` (4b, D) without gradient.
-    pub(super) fn losses(&self, q: &Tensor, ql: &Tensor, inter_weight: f64, cx: &Context<'_>) -> Losses {
+    /// `q` (b, D) and `ql` (4b, D), or (P·b, D), without gradient.
+    pub(super) fn losses(&self, q: &Tensor, ql: &Tensor, inputs: &StepInputs<'_>, cx: &Context<'_>) -> Losses {
         let p = cx.params;
+        let (inter_weight, (of_intra, of_inner)) = (inputs.inter_weight, p.local.weights());
         let b = q.size()[0];
         if b == 0 {
             let zero = || Tensor::zeros([], (Kind::Float, q.device()));
@@ -100,19 +117,22 @@ impl Sums {
             }
         };
         let (inner, d_inner): (Vec<_>, Vec<_>) = self
-            .corners
+            .parts
             .iter()
-            .zip(ql.chunk(4, 0))
+            .zip(ql.chunk(p.local.parts(), 0))
             .map(|(instance, ql)| instance.cross_entropy(&ql, p.t_instance))
             .unzip();
         let (inner, dql) = if inner.is_empty() {
             (zero(), ql.zeros_like())
         } else {
-            (Tensor::cat(&inner, 0).mean(p.kind()), Tensor::cat(&d_inner, 0) / (4 * b) as f64)
+            (
+                Tensor::cat(&inner, 0).mean(p.kind()),
+                Tensor::cat(&d_inner, 0) * (of_inner / (p.local.parts() * b) as f64),
+            )
         };
         let Terms { inter, spatial, semantic, dq: d_inter } = self.neighbours.terms(q, cx);
-        let total = &intra + (&inter + &spatial + &semantic) * inter_weight + &inner;
-        let dq = d_intra + d_inter * inter_weight;
+        let total = &intra * of_intra + (&inter + &spatial + &semantic) * inter_weight + &inner * of_inner;
+        let dq = d_intra * of_intra + d_inter * inter_weight;
         let single = |t: Tensor| t.to_kind(Kind::Float);
         Losses {
             intra: single(intra),

@@ -35,7 +35,7 @@ pub enum Purpose {
     /// Storage faults that tests inject; item = request.
     Faults = 12,
     /// Training of probes, epoch by epoch; item = 0 order of patches, 1 labels that are kept, 2 the classifier's initial weights,
-    /// 3 slides to validate on, 4 seeds of trials.
+    /// 3 slides to validate on, 4 seeds of trials, 5 a segmentation head's last layer, 6 its dropout (epoch = step).
     Evaluate = 20,
     /// Slides drawn with replacement, for intervals; item = resample.
     Bootstrap = 21,

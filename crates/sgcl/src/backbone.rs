@@ -90,6 +90,13 @@ pub(crate) enum Pass<'a> {
     TrainTogether(&'a Together),
 }
 
+impl Pass<'_> {
+    /// Of one rank's own batches.
+    pub(crate) fn alone(train: bool) -> Self {
+        if train { Self::Train } else { Self::Evaluate }
+    }
+}
+
 /// The ranks whose batches are normalised together. A lost peer leaves its error here, and maps that nobody may use: layers return no
 /// results, and nothing else of a forward pass can fail.
 #[derive(Debug)]
@@ -98,13 +105,38 @@ pub(crate) struct Together {
     failed: RefCell<Option<sgcl_c10d::Error>>,
 }
 
+/// Pixels of the input for one of the map.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum OutputStride {
+    /// The last two stages are dilated.
+    Eight,
+    /// The last stage is dilated.
+    Sixteen,
+    /// As it is pretrained.
+    #[default]
+    ThirtyTwo,
+}
+
+impl OutputStride {
+    /// As a number.
+    #[must_use]
+    pub fn pixels(self) -> i64 {
+        match self {
+            OutputStride::Eight => 8,
+            OutputStride::Sixteen => 16,
+            OutputStride::ThirtyTwo => 32,
+        }
+    }
+}
+
 /// A convolution without bias and the BatchNorm behind it.
 #[derive(Debug)]
-struct Unit {
+pub(crate) struct Unit {
     conv: String,
     norm: String,
     weight: Tensor,
     stride: i64,
+    dilation: i64,
     padding: i64,
     scale: Tensor,
     shift: Tensor,
@@ -113,7 +145,8 @@ struct Unit {
 }
 
 impl Unit {
-    fn new(conv: String, norm: String, shape: [i64; 4], stride: i64, device: Device) -> Self {
+    /// Of `shape` (out, in, k, k); zeros until it is drawn or loaded.
+    pub(crate) fn new(conv: String, norm: String, shape: [i64; 4], stride: i64, dilation: i64, device: Device) -> Self {
         let [out, _, kernel, _] = shape;
         let float = (Kind::Float, device);
         Unit {
@@ -121,7 +154,8 @@ impl Unit {
             norm,
             weight: Tensor::zeros(shape, float).set_requires_grad(true),
             stride,
-            padding: kernel / 2,
+            dilation,
+            padding: dilation * (kernel / 2),
             scale: Tensor::ones([out], float).set_requires_grad(true),
             shift: Tensor::zeros([out], float).set_requires_grad(true),
             mean: Tensor::zeros([out], float),
@@ -129,10 +163,11 @@ impl Unit {
         }
     }
 
-    /// In the kind of `x`; statistics, scale and shift are of 32 bits whatever that is.
-    fn forward(&self, x: &Tensor, pass: Pass<'_>) -> Tensor {
-        let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
-        let x = x.conv2d(&self.weight.to_kind(x.kind()), None::<&Tensor>, stride, padding, [1, 1], 1);
+    /// x (B, in, H, W) → (B, out, H/stride, W/stride), not yet rectified, in the kind of x; statistics, scale and shift are of 32 bits
+    /// whatever that is.
+    pub(crate) fn forward(&self, x: &Tensor, pass: Pass<'_>) -> Tensor {
+        let (stride, padding, dilation) = ([self.stride; 2], [self.padding; 2], [self.dilation; 2]);
+        let x = x.conv2d(&self.weight.to_kind(x.kind()), None::<&Tensor>, stride, padding, dilation, 1);
         let Self { scale, shift, mean, var, .. } = self;
         let Pass::TrainTogether(ranks) = pass else {
             let train = matches!(pass, Pass::Train);
@@ -150,6 +185,33 @@ impl Unit {
             None => x,
         }
     }
+
+    /// Trainable tensors by name; they share storage with the unit.
+    pub(crate) fn parameters(&self) -> [(String, Tensor); 3] {
+        [
+            (format!("{}.weight", self.conv), self.weight.shallow_clone()),
+            (format!("{}.weight", self.norm), self.scale.shallow_clone()),
+            (format!("{}.bias", self.norm), self.shift.shallow_clone()),
+        ]
+    }
+
+    /// Running mean and variance by name; they share storage with the unit.
+    pub(crate) fn buffers(&self) -> [(String, Tensor); 2] {
+        [
+            (format!("{}.running_mean", self.norm), self.mean.shallow_clone()),
+            (format!("{}.running_var", self.norm), self.var.shallow_clone()),
+        ]
+    }
+}
+
+/// How far apart the samples of a block's 3×3 convolutions are, and its stride.
+#[derive(Clone, Copy, Debug)]
+struct Reach {
+    stride: i64,
+    /// Of the convolution that has the stride.
+    first: i64,
+    /// Of the others.
+    rest: i64,
 }
 
 /// A residual block, basic or bottleneck: units in a row, ReLU between them, the shortcut added before the last ReLU.
@@ -160,23 +222,26 @@ struct Block {
 }
 
 impl Block {
-    fn new(arch: Arch, name: &str, input: i64, planes: i64, stride: i64, device: Device) -> Self {
+    fn new(arch: Arch, name: &str, input: i64, planes: i64, reach: Reach, device: Device) -> Self {
         let output = planes * arch.expansion();
-        // (width in, width out, kernel, stride) of each convolution.
-        let shapes: Vec<[i64; 4]> = match arch {
-            Arch::ResNet18 | Arch::ResNet34 => vec![[input, planes, 3, stride], [planes, planes, 3, 1]],
-            Arch::ResNet50 => vec![[input, planes, 1, 1], [planes, planes, 3, stride], [planes, output, 1, 1]],
+        let Reach { stride, first, rest } = reach;
+        // (width in, width out, kernel, stride, dilation) of each convolution.
+        let shapes: Vec<[i64; 5]> = match arch {
+            Arch::ResNet18 | Arch::ResNet34 => vec![[input, planes, 3, stride, first], [planes, planes, 3, 1, rest]],
+            Arch::ResNet50 => {
+                vec![[input, planes, 1, 1, 1], [planes, planes, 3, stride, first], [planes, output, 1, 1, 1]]
+            }
         };
         let units = shapes
             .iter()
             .zip(1..)
-            .map(|(&[i, o, k, s], n)| {
-                Unit::new(format!("{name}.conv{n}"), format!("{name}.bn{n}"), [o, i, k, k], s, device)
+            .map(|(&[i, o, k, s, d], n)| {
+                Unit::new(format!("{name}.conv{n}"), format!("{name}.bn{n}"), [o, i, k, k], s, d, device)
             })
             .collect();
         let downsample = (stride != 1 || input != output).then(|| {
             let (conv, norm) = (format!("{name}.downsample.0"), format!("{name}.downsample.1"));
-            Unit::new(conv, norm, [output, input, 1, 1], stride, device)
+            Unit::new(conv, norm, [output, input, 1, 1], stride, 1, device)
         });
         Block { units, downsample }
     }
@@ -220,15 +285,33 @@ impl Backbone {
     /// A network with all convolutions zero: call [`Backbone::init`] or load weights before use.
     #[must_use]
     pub fn new(arch: Arch, device: Device) -> Self {
-        let stem = Unit::new("conv1".into(), "bn1".into(), [64, 3, 7, 7], 2, device);
+        Self::with_stride(arch, OutputStride::ThirtyTwo, device)
+    }
+
+    /// The same network, weights and names with a finer map: a stage beyond the wanted stride keeps its size, and its 3×3
+    /// convolutions reach twice as far instead. The convolution that gave up its stride keeps the reach of the stage before; this is
+    /// torchvision's `replace_stride_with_dilation`, and for basic blocks, which torchvision refuses to dilate, timm's
+    /// `output_stride` (mmsegmentation leaves the second convolution of a basic block undilated).
+    #[must_use]
+    pub fn with_stride(arch: Arch, output: OutputStride, device: Device) -> Self {
+        let stem = Unit::new("conv1".into(), "bn1".into(), [64, 3, 7, 7], 2, 1, device);
         let mut blocks = Vec::new();
-        let mut input = 64;
+        let (mut input, mut reached, mut dilation) = (64, 4, 1);
         for (stage, count) in arch.blocks().into_iter().enumerate() {
             let planes = 64_i64 << stage;
             for block in 0..count {
-                let stride = if stage > 0 && block == 0 { 2 } else { 1 };
+                let mut reach = Reach { stride: 1, first: dilation, rest: dilation };
+                if stage > 0 && block == 0 {
+                    if reached < output.pixels() {
+                        reach.stride = 2;
+                        reached *= 2;
+                    } else {
+                        dilation *= 2;
+                        reach.rest = dilation;
+                    }
+                }
                 let name = format!("layer{}.{block}", stage + 1);
-                blocks.push(Block::new(arch, &name, input, planes, stride, device));
+                blocks.push(Block::new(arch, &name, input, planes, reach, device));
                 input = planes * arch.expansion();
             }
         }
@@ -284,7 +367,7 @@ impl Backbone {
         self.arch
     }
 
-    /// The map before pooling: x (B, 3, H, W) → (B, Db, ⌈H/32⌉, ⌈W/32⌉), in the kind of x.
+    /// The map before pooling: x (B, 3, H, W) → (B, Db, ⌈H/32⌉, ⌈W/32⌉), or of the finer stride it was made with; in the kind of x.
     pub fn feature_map(&self, x: &Tensor, train: bool) -> Tensor {
         if train {
             self.batches.set(self.batches.get() + 1);
@@ -293,9 +376,8 @@ impl Backbone {
         let kind = x.kind();
         let x = x.to_kind(self.compute.unwrap_or(kind)).permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2]);
         let pass = match &self.together {
-            _ if !train => Pass::Evaluate,
-            None => Pass::Train,
-            Some(ranks) => Pass::TrainTogether(ranks),
+            Some(ranks) if train => Pass::TrainTogether(ranks),
+            _ => Pass::alone(train),
         };
         let mut stem = self.stem.forward(&x, pass);
         let stem = stem.relu_().max_pool2d([3, 3], [2, 2], [1, 1], [1, 1], false);
@@ -310,28 +392,13 @@ impl Backbone {
     /// Trainable tensors under torchvision's names, in torchvision's order. The tensors share storage with the network.
     #[must_use]
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
-        self.units()
-            .flat_map(|unit| {
-                [
-                    (format!("{}.weight", unit.conv), unit.weight.shallow_clone()),
-                    (format!("{}.weight", unit.norm), unit.scale.shallow_clone()),
-                    (format!("{}.bias", unit.norm), unit.shift.shallow_clone()),
-                ]
-            })
-            .collect()
+        self.units().flat_map(Unit::parameters).collect()
     }
 
     /// Running means and variances under torchvision's names. The tensors share storage with the network.
     #[must_use]
     pub fn buffers(&self) -> Vec<(String, Tensor)> {
-        self.units()
-            .flat_map(|unit| {
-                [
-                    (format!("{}.running_mean", unit.norm), unit.mean.shallow_clone()),
-                    (format!("{}.running_var", unit.norm), unit.var.shallow_clone()),
-                ]
-            })
-            .collect()
+        self.units().flat_map(Unit::buffers).collect()
     }
 
     /// All that torchvision's `state_dict()` holds but `fc`, in its order, `num_batches_tracked` (int64 scalars) included.

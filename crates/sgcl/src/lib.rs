@@ -17,4 +17,5 @@ pub mod optim;
 pub mod probe;
 pub mod projector;
 pub mod schedule;
+pub mod segment;
 pub mod weights;

@@ -64,16 +64,7 @@ pub fn intervals(predictions: &[Prediction], slides: &[u32], seed: u64, resample
             std::array::from_fn(|at| mean(figures.iter().map(|values| values[at])))
         })
         .collect();
-    std::array::from_fn(|at| {
-        let mut values: Vec<f64> = drawn.iter().filter_map(|figures| figures[at]).collect();
-        values.sort_by(f64::total_cmp);
-        let tail = (1.0 - LEVEL) / 2.0;
-        Some(Interval {
-            low: percentile(&values, tail)?,
-            high: percentile(&values, 1.0 - tail)?,
-            resamples: values.len(),
-        })
-    })
+    std::array::from_fn(|at| interval(drawn.iter().filter_map(|figures| figures[at]).collect()))
 }
 
 /// A prediction, prepared for being drawn from many times.
@@ -107,12 +98,19 @@ impl Test {
 }
 
 /// Mean of values that are all there.
-fn mean(values: impl Iterator<Item = Option<f64>>) -> Option<f64> {
+pub(crate) fn mean(values: impl Iterator<Item = Option<f64>>) -> Option<f64> {
     let mut mean = Mean::default();
     for value in values {
         mean.add(value?);
     }
     mean.value()
+}
+
+/// The interval of a figure's resamples, in any order; `None` without any.
+pub(crate) fn interval(mut values: Vec<f64>) -> Option<Interval> {
+    values.sort_by(f64::total_cmp);
+    let tail = (1.0 - LEVEL) / 2.0;
+    Some(Interval { low: percentile(&values, tail)?, high: percentile(&values, 1.0 - tail)?, resamples: values.len() })
 }
 
 /// Percentile of ascending values, interpolated linearly between the two nearest.

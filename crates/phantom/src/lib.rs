@@ -23,7 +23,7 @@ use layout::Layout;
 use stain::Stain;
 use tissue::Tile;
 
-pub use layout::CLASSES;
+pub use layout::{CLASSES, bcss};
 pub use tiff::{TiffError, encode_pyramid};
 
 /// Pixels of the slide for one pixel of the label raster.

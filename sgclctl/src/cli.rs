@@ -142,6 +142,8 @@ Examples:
   sgclctl ingest NCT-CRC-HE-100K --to patches --patch-px 224    (class folders of images)
   sgclctl ingest tumor normal lesion_annotations --to patches   (Camelyon16: slides, and polygons of ASAP)
   sgclctl ingest slides 20x_256px_0px_overlap/patches --to patches    (places of TRIDENT's or CLAM's .h5 instead of tissue detection)
+  sgclctl ingest shards/*.tar --to patches                      (WebDataset; or *.parquet as on Hugging Face)
+  sgclctl ingest tiles --list train.txt --to patches            (the tiles that a list names, with labels where it has them)
 
 Folders may hold slides, tiles as <class>/<slide>/<slide>_<x>_<y>_<level>.png, or images as <class>/<image>. Label maps beside a slide
 (<slide>.labels.png and .json) label its patches. The same call again goes on after an interruption.";
@@ -166,6 +168,9 @@ pub(crate) struct IngestArgs {
     /// Share of a tile that annotated tumour must cover (Camelyon16's .xml)
     #[arg(long, default_value_t = 0.5, value_name = "SHARE")]
     pub(crate) tumor_min: f64,
+    /// List of the tiles to take, a line each: a path below the one folder given, and perhaps a label (a whole number)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) list: Option<PathBuf>,
     /// Folder for pictures of the slides with kept and dropped tiles drawn on them
     #[arg(long, value_name = "DIR")]
     pub(crate) preview: Option<PathBuf>,

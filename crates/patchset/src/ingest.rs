@@ -8,23 +8,32 @@
 //! | coordinates of CLAM or TRIDENT | `<name>.h5`, `<name>_patches.h5` among the sources, with the slides | as the slide has them |
 //! | folder of tiles | `<class>/<slide>/<slide>_<x>_<y>_<level>.png`, x and y counting tiles | the class's folder |
 //! | class folders, as NCT-CRC's | `<class>/<image>` | the class's folder |
+//! | WebDataset's shards | `.tar` of `<key>.jpg` (or .png, …) with `<key>.json`, `<key>.cls` | `class` or `label` in the json, or the cls |
+//! | Parquet of images, as Hugging Face's | `.parquet` with a column of images | the column `label`, named by the metadata |
+//! | a list of tiles | `list`: a path below the folder and perhaps a label, a line | the labels; without any, the folder above the slide's |
 //!
-//! Images of class folders have no known place: they are mixed in seeded random order into groups of [`GROUP`] that stand for
+//! Images of tars and Parquet whose slide, x and y are said lie on that slide; `x` and `y` count tiles.
+//!
+//! Images of class folders, and others of which nothing says it, have no known place: they are mixed in seeded random order into groups of [`GROUP`] that stand for
 //! slides (`loose-000`, …), every class in each, and none is a neighbour of another. Splitting such a set "by slide" is a random
 //! split.
 //!
 //! A slide that cannot be read is skipped and named in the report; the set holds the others. A finished slide is not read again
 //! when the same call is repeated after an interruption.
 
+mod container;
 mod coords;
 mod discover;
 mod labels;
+mod list;
+mod parquet;
 mod pixels;
 mod polygons;
 mod preview;
 pub mod slides;
 mod tiles;
 mod tissue;
+mod webdataset;
 mod whole;
 
 use std::collections::HashMap;
@@ -70,6 +79,8 @@ pub struct IngestOptions {
     pub tumor_min: f64,
     /// Seed of the order of slides and patches.
     pub seed: u64,
+    /// List of the tiles to take, below the one source.
+    pub list: Option<PathBuf>,
     /// Folder for pictures of slides with kept and dropped tiles drawn on them.
     pub previews: Option<PathBuf>,
     /// Read and count, write no patch set.
@@ -87,6 +98,7 @@ impl Default for IngestOptions {
             label_min: 0.6,
             tumor_min: 0.5,
             seed: 0,
+            list: None,
             previews: None,
             dry_run: false,
         }
@@ -245,7 +257,7 @@ pub async fn ingest(
     listener: Listener,
 ) -> Result<IngestReport, IngestError> {
     check(options)?;
-    let units = discover::discover(sources, options.seed)?;
+    let units = discover::discover(sources, options.list.as_deref(), options.seed)?;
     let mut report = IngestReport { slides: Vec::new(), skipped: Vec::new(), manifest: None };
     let writer = if options.dry_run {
         None

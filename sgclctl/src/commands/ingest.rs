@@ -22,6 +22,7 @@ pub(crate) async fn main(args: IngestArgs, out: Out) -> Result<Exit> {
         label_min: args.label_min,
         tumor_min: args.tumor_min,
         seed: args.seed,
+        list: args.list,
         previews: args.preview,
         dry_run: args.dry_run,
         ..args.tiling.options()

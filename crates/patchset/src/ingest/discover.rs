@@ -2,14 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use rand::seq::SliceRandom;
 use sgcl_draw::{Purpose, rng};
 
+use super::container::{self, Container, Origin, Sample};
 use super::tiles::{Tile, Tiles};
 use super::whole::{self, Plan};
-use super::{GROUP, IngestError, IngestOptions, Skipped, SlideError, labels, polygons};
+use super::{GROUP, IngestError, IngestOptions, Skipped, SlideError, labels, list, parquet, polygons, webdataset};
 
 /// Most files of a folder that are looked at.
 const MAX_FILES: usize = 20_000_000;
@@ -141,12 +143,18 @@ impl Unit {
     }
 }
 
-/// Everything under `sources`, each with a name of its own.
-pub(crate) fn discover(sources: &[PathBuf], seed: u64) -> Result<Vec<Unit>, IngestError> {
+/// Everything under `sources`, each with a name of its own; with a `list`, the tiles that it names below one folder.
+pub(crate) fn discover(sources: &[PathBuf], list: Option<&Path>, seed: u64) -> Result<Vec<Unit>, IngestError> {
     let (mut units, mut companions) = (Vec::new(), Companions::default());
-    for source in sources {
+    let mut packed = Packed::default();
+    if let Some(list) = list {
+        listed(sources, list, seed, &mut units)?;
+    }
+    for source in sources.iter().filter(|_| list.is_none()) {
         if source.is_dir() {
-            folder(source, seed, &mut units, &mut companions)?;
+            folder(source, seed, &mut units, &mut companions, &mut packed)?;
+        } else if source.is_file() && packed.take(source)? {
+            // Its tiles go in with those of the others.
         } else if source.is_file() && companions.take(source)? {
             // It goes in with its slide.
         } else if source.is_file() && is_sidecar(source) {
@@ -158,6 +166,7 @@ pub(crate) fn discover(sources: &[PathBuf], seed: u64) -> Result<Vec<Unit>, Inge
         }
     }
     companions.join(&mut units)?;
+    packed.join(seed, &mut units);
     if units.is_empty() {
         let given: Vec<String> = sources.iter().map(|s| s.display().to_string()).collect();
         return Err(IngestError::Source { path: given.join(", "), reason: "holds no slide, image or tile".into() });
@@ -173,9 +182,14 @@ pub(crate) fn discover(sources: &[PathBuf], seed: u64) -> Result<Vec<Unit>, Inge
 }
 
 /// A folder of classes (of slides of tiles, or of images), or of slides.
-fn folder(root: &Path, seed: u64, units: &mut Vec<Unit>, companions: &mut Companions) -> Result<(), IngestError> {
-    let mut slides: BTreeMap<String, Vec<Tile>> = BTreeMap::new();
-    let mut loose: Vec<Tile> = Vec::new();
+fn folder(
+    root: &Path,
+    seed: u64,
+    units: &mut Vec<Unit>,
+    companions: &mut Companions,
+    packed: &mut Packed,
+) -> Result<(), IngestError> {
+    let mut found = Found::default();
     let mut files = Vec::new();
     for class in list(root)? {
         if !class.is_dir() {
@@ -188,46 +202,139 @@ fn folder(root: &Path, seed: u64, units: &mut Vec<Unit>, companions: &mut Compan
                 let slide = file_name(&entry);
                 for tile in list(&entry)?.into_iter().filter(|path| is_image(path)) {
                     let (x, y) = place(&tile, &slide)?;
-                    slides.entry(slide.clone()).or_default().push(Tile { path: tile, x, y, class: label.clone() });
+                    let tile = Tile { origin: Origin::File(tile), x, y, class: Some(label.clone()) };
+                    found.slides.entry(slide.clone()).or_default().push(tile);
                 }
             } else if is_image(&entry) {
-                loose.push(Tile { path: entry, x: 0, y: 0, class: label.clone() });
+                found.loose.push(Tile { origin: Origin::File(entry), x: 0, y: 0, class: Some(label.clone()) });
             }
         }
     }
     // Slides may lie beside folders of tiles.
     for file in files {
-        if !companions.take(&file)? && !is_sidecar(&file) {
+        if !companions.take(&file)? && !packed.take(&file)? && !is_sidecar(&file) {
             units.push(whole_unit(&file)?);
         }
     }
-    for (name, tiles) in slides {
-        let source = format!("{} in {}", name, root.display());
-        let fingerprint = state(tiles.iter().map(|tile| tile.path.as_path()));
-        units.push(Unit { name, source, fingerprint, kind: Kind::Tiles(Tiles { tiles, spatial: true }) });
-    }
-    loose.shuffle(&mut rng(seed, Purpose::Ingest, 0, 1));
-    let mut loose = loose.into_iter().peekable();
-    // Folders given together number on.
-    let first = units.iter().filter(|unit| unit.is_loose()).count();
-    for number in first.. {
-        let mut tiles: Vec<Tile> = loose.by_ref().take(GROUP).collect();
-        if tiles.is_empty() {
-            break;
-        }
-        // Far enough apart that no radius makes neighbours of them.
-        for (tile, x) in tiles.iter_mut().zip((0..).step_by(1000)) {
-            tile.x = x;
-        }
-        let fingerprint = state(tiles.iter().map(|tile| tile.path.as_path()));
-        units.push(Unit {
-            name: format!("loose-{number:03}"),
-            source: root.display().to_string(),
-            fingerprint,
-            kind: Kind::Tiles(Tiles { tiles, spatial: false }),
-        });
-    }
+    found.join(&root.display().to_string(), None, seed, units);
     Ok(())
+}
+
+/// The tiles that a list names below a folder. One called `<slide>/<slide>_<x>_<y>_<level>.png` has its place by that. Classes are the
+/// list's labels; those of a list without any are the folders above the slides'.
+fn listed(sources: &[PathBuf], list: &Path, seed: u64, units: &mut Vec<Unit>) -> Result<(), IngestError> {
+    let [root] = sources else {
+        return Err(IngestError::Setting("--list wants one source: the folder that its paths begin in".into()));
+    };
+    let mut found = Found::default();
+    let lines = list::read(list).map_err(|reason| bad(list, &reason))?;
+    let labelled = lines.iter().any(|line| line.label.is_some());
+    for line in lines {
+        let path = root.join(&line.path);
+        if !path.is_file() {
+            return Err(bad(
+                list,
+                &format!("names {}, which is no file below {}", line.path.display(), root.display()),
+            ));
+        }
+        let above =
+            |path: &Path| path.parent().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+        let slide = above(&line.path).and_then(|slide| place(&path, &slide).ok().map(|(x, y)| (slide, x, y)));
+        let class = if labelled { line.label } else { line.path.parent().and_then(above) };
+        let (x, y) = slide.as_ref().map_or((0, 0), |&(_, x, y)| (x, y));
+        let tile = Tile { origin: Origin::File(path), x, y, class };
+        match slide {
+            Some((slide, ..)) => found.slides.entry(slide).or_default().push(tile),
+            None => found.loose.push(tile),
+        }
+    }
+    found.join(&list.display().to_string(), Some(list), seed, units);
+    Ok(())
+}
+
+/// Tiles that somebody else cut, by slide where they have a place.
+#[derive(Default)]
+struct Found {
+    slides: BTreeMap<String, Vec<Tile>>,
+    loose: Vec<Tile>,
+}
+
+impl Found {
+    /// Makes units of them; `told` is a file that says something about them all.
+    fn join(self, source: &str, told: Option<&Path>, seed: u64, units: &mut Vec<Unit>) {
+        let Self { slides, mut loose } = self;
+        for (name, tiles) in slides {
+            let source = format!("{name} in {source}");
+            let fingerprint = state_of_tiles(&tiles, told);
+            units.push(Unit { name, source, fingerprint, kind: Kind::Tiles(Tiles { tiles, spatial: true }) });
+        }
+        loose.shuffle(&mut rng(seed, Purpose::Ingest, 0, 1));
+        let mut loose = loose.into_iter().peekable();
+        // Sources given together number on.
+        let first = units.iter().filter(|unit| unit.is_loose()).count();
+        for number in first.. {
+            let mut tiles: Vec<Tile> = loose.by_ref().take(GROUP).collect();
+            if tiles.is_empty() {
+                break;
+            }
+            // Far enough apart that no radius makes neighbours of them.
+            for (tile, x) in tiles.iter_mut().zip((0..).step_by(1000)) {
+                tile.x = x;
+            }
+            let fingerprint = state_of_tiles(&tiles, told);
+            units.push(Unit {
+                name: format!("loose-{number:03}"),
+                source: source.to_owned(),
+                fingerprint,
+                kind: Kind::Tiles(Tiles { tiles, spatial: false }),
+            });
+        }
+    }
+}
+
+/// Files that hold many images: WebDataset's tars, Parquet. Together they are one dataset, however it is cut into files.
+#[derive(Default)]
+struct Packed {
+    found: Found,
+    files: Vec<PathBuf>,
+}
+
+impl Packed {
+    /// Whether `path` is such a file; then its images are found.
+    fn take(&mut self, path: &Path) -> Result<bool, IngestError> {
+        let name = file_name(path).to_lowercase();
+        if container::is_compressed(&name) {
+            return Err(bad(path, "is compressed as a whole; unpack it to .tar first"));
+        }
+        let open: fn(&Path) -> Result<(Container, Vec<Sample>), String> = if name.ends_with(".tar") {
+            webdataset::open
+        } else if name.ends_with(".parquet") {
+            parquet::open
+        } else {
+            return Ok(false);
+        };
+        let (container, samples) = open(path).map_err(|reason| bad(path, &reason))?;
+        let container = Arc::new(container);
+        for Sample { item, place, class } in samples {
+            let (slide, x, y) = place.map_or((None, 0, 0), |(slide, x, y)| (Some(slide), x, y));
+            let tile = Tile { origin: Origin::Part(Arc::clone(&container), item), x, y, class };
+            match slide {
+                Some(slide) => self.found.slides.entry(slide).or_default().push(tile),
+                None => self.found.loose.push(tile),
+            }
+        }
+        self.files.push(path.to_owned());
+        Ok(true)
+    }
+
+    fn join(self, seed: u64, units: &mut Vec<Unit>) {
+        let Some(first) = self.files.first() else { return };
+        let source = match self.files.len() - 1 {
+            0 => first.display().to_string(),
+            more => format!("{} and {more} more", first.display()),
+        };
+        self.found.join(&source, None, seed, units);
+    }
 }
 
 fn whole_unit(path: &Path) -> Result<Unit, IngestError> {
@@ -246,6 +353,32 @@ fn state<'a>(files: impl Iterator<Item = &'a Path>) -> String {
         let modified = meta.as_ref().and_then(|meta| meta.modified().ok()?.duration_since(UNIX_EPOCH).ok());
         let length = meta.map(|meta| meta.len());
         hasher.update(format!("{}\0{length:?} {modified:?}\0", file_name(file)).as_bytes());
+    }
+    hasher.finalize().to_hex()[..32].to_owned()
+}
+
+/// The same of tiles, by their own files or by those they lie in.
+fn state_of_tiles(tiles: &[Tile], told: Option<&Path>) -> String {
+    let files: Option<Vec<&Path>> = tiles
+        .iter()
+        .map(|tile| match &tile.origin {
+            Origin::File(path) => Some(path.as_path()),
+            Origin::Part(..) => None,
+        })
+        .collect();
+    if let Some(files) = files {
+        return state(told.into_iter().chain(files));
+    }
+    let mut hasher = blake3::Hasher::new();
+    let mut states: BTreeMap<&Path, String> = BTreeMap::new();
+    for tile in tiles {
+        let path = match &tile.origin {
+            Origin::File(path) => path.as_path(),
+            Origin::Part(container, _) => container.path(),
+        };
+        let state = states.entry(path).or_insert_with(|| state([path].into_iter()));
+        hasher
+            .update(format!("{state} {} {:?} {} {}\0", tile.origin.describe(), tile.class, tile.x, tile.y).as_bytes());
     }
     hasher.finalize().to_hex()[..32].to_owned()
 }

@@ -1,5 +1,6 @@
 //! Pixels of a slide or image, level by level.
 
+use std::io::{BufRead, Cursor, Seek};
 use std::path::Path;
 
 use fast_image_resize::images::{Image, ImageRef};
@@ -11,6 +12,8 @@ use super::SlideError;
 const MAX_IMAGE_SIDE: u32 = 65_535;
 /// Memory that decoding a plain image may take.
 const MAX_IMAGE_BYTES: u64 = 12 << 30;
+/// Memory that decoding a tile may take.
+const MAX_TILE_BYTES: u64 = 512 << 20;
 
 /// RGB bytes, row-major.
 #[derive(Clone, Debug)]
@@ -21,6 +24,12 @@ pub(crate) struct Rgb {
 }
 
 impl Rgb {
+    /// A tile out of its encoded bytes.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, SlideError> {
+        plain(image::ImageReader::new(Cursor::new(bytes)), MAX_TILE_BYTES)
+            .map_err(|e| SlideError::Skip(format!("not a PNG, JPEG, TIFF or BMP image: {e}")))
+    }
+
     /// A copy of another size.
     pub(crate) fn resized(self, width: u32, height: u32) -> Result<Self, SlideError> {
         if (self.width, self.height) == (width, height) {
@@ -45,6 +54,26 @@ impl Rgb {
     }
 }
 
+/// A plain image of any format; what is transparent becomes white.
+fn plain<R: BufRead + Seek>(reader: image::ImageReader<R>, memory: u64) -> image::ImageResult<Rgb> {
+    let mut reader = reader.with_guessed_format()?;
+    let mut limits = image::Limits::default();
+    limits.max_image_width = Some(MAX_IMAGE_SIDE);
+    limits.max_image_height = Some(MAX_IMAGE_SIDE);
+    limits.max_alloc = Some(memory);
+    reader.limits(limits);
+    let image = reader.decode()?;
+    let (width, height) = (image.width(), image.height());
+    let pixels = if image.color().has_alpha() {
+        let rgba = image.into_rgba8();
+        let over = |c: u8, a: u8| ((u32::from(c) * u32::from(a) + 255 * (255 - u32::from(a)) + 127) / 255) as u8;
+        rgba.pixels().flat_map(|p| [0, 1, 2].map(|c| over(p.0[c], p.0[3]))).collect()
+    } else {
+        image.into_rgb8().into_raw()
+    };
+    Ok(Rgb { width, height, pixels })
+}
+
 /// An opened slide or image.
 pub(crate) enum Pixels {
     #[cfg(feature = "openslide")]
@@ -64,23 +93,8 @@ impl Pixels {
         let skip = |e: &dyn std::fmt::Display| {
             SlideError::Skip(format!("neither a slide that OpenSlide opens nor a PNG, JPEG, TIFF or BMP image: {e}"))
         };
-        let mut reader =
-            image::ImageReader::open(path).map_err(|e| skip(&e))?.with_guessed_format().map_err(|e| skip(&e))?;
-        let mut limits = image::Limits::default();
-        limits.max_image_width = Some(MAX_IMAGE_SIDE);
-        limits.max_image_height = Some(MAX_IMAGE_SIDE);
-        limits.max_alloc = Some(MAX_IMAGE_BYTES);
-        reader.limits(limits);
-        let image = reader.decode().map_err(|e| skip(&e))?;
-        let (width, height) = (image.width(), image.height());
-        let pixels = if image.color().has_alpha() {
-            let rgba = image.into_rgba8();
-            let over = |c: u8, a: u8| ((u32::from(c) * u32::from(a) + 255 * (255 - u32::from(a)) + 127) / 255) as u8;
-            rgba.pixels().flat_map(|p| [0, 1, 2].map(|c| over(p.0[c], p.0[3]))).collect()
-        } else {
-            image.into_rgb8().into_raw()
-        };
-        Ok(Self::Image(Rgb { width, height, pixels }))
+        let reader = image::ImageReader::open(path).map_err(|e| skip(&e))?;
+        plain(reader, MAX_IMAGE_BYTES).map(Self::Image).map_err(|e| skip(&e))
     }
 
     /// Width, height and downsample of each level.

@@ -22,7 +22,7 @@ pub struct SlideSource {
 /// A source that is not there, two of one name, tiles instead of slides, or an option out of range.
 pub fn find(sources: &[PathBuf], options: &IngestOptions) -> Result<Vec<SlideSource>, IngestError> {
     check(options)?;
-    let units = discover::discover(sources, options.seed)?;
+    let units = discover::discover(sources, None, options.seed)?;
     match units.iter().find(|unit| unit.is_tiles()) {
         Some(tiles) => Err(IngestError::Source {
             path: tiles.source.clone(),

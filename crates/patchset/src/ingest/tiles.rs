@@ -1,10 +1,10 @@
 //! Tiles that were cut by somebody else.
 
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
 
+use super::container::{MAX_IMAGE, Origin};
 use super::pixels::{Pixels, Rgb};
 use super::preview::{self, Mosaic};
 use super::whole::{Plan, Read, Work};
@@ -13,16 +13,14 @@ use crate::lattice;
 use crate::writer::{SlideInfo, SlideWriter};
 
 const CHUNK: usize = 512;
-/// Largest tile file.
-const MAX_BYTES: u64 = 64 << 20;
 
 /// An image and where it lies.
 #[derive(Debug)]
 pub(crate) struct Tile {
-    pub(crate) path: PathBuf,
+    pub(crate) origin: Origin,
     pub(crate) x: i32,
     pub(crate) y: i32,
-    pub(crate) class: String,
+    pub(crate) class: Option<String>,
 }
 
 /// Tiles that make a slide, or stand for one.
@@ -73,7 +71,7 @@ pub(crate) fn read(
 ) -> Result<Read, SlideError> {
     let done = AtomicU64::new(0);
     let mut mosaic = if info.spatial { Mosaic::new(tiles.iter().map(|tile| (tile.x, tile.y))) } else { None };
-    let mut damaged = Vec::new();
+    let (mut damaged, mut labelled) = (Vec::new(), 0);
     for chunk in tiles.chunks(CHUNK) {
         let loaded: Vec<_> = chunk
             .par_iter()
@@ -89,12 +87,13 @@ pub(crate) fn read(
                     if let Some((mosaic, small)) = mosaic.as_mut().zip(small) {
                         mosaic.put(tile.x, tile.y, &small);
                     }
+                    labelled += u64::from(tile.class.is_some());
                     if let Some(slide) = &mut slide {
-                        slide.push(tile.x, tile.y, Some(&tile.class), &jpeg)?;
+                        slide.push(tile.x, tile.y, tile.class.as_deref(), &jpeg)?;
                     }
                 }
                 Err(SlideError::Skip(reason)) => {
-                    damaged.push(Skipped { source: tile.path.display().to_string(), reason });
+                    damaged.push(Skipped { source: tile.origin.describe(), reason });
                 }
                 Err(fatal) => return Err(fatal),
             }
@@ -115,28 +114,36 @@ pub(crate) fn read(
             slide.preview(picture);
         }
     }
-    let report =
-        SlideReport { name: info.name, kept, dropped: Some(0), labelled: Some(kept), mpp: info.mpp, resumed: false };
+    let (mpp, labelled) = (info.mpp, Some(labelled));
+    let report = SlideReport { name: info.name, kept, dropped: Some(0), labelled, mpp, resumed: false };
     Ok(Read { slide, report, damaged })
 }
 
 /// A tile's JPEG, and the tile made small for a picture of the slide.
 fn load(tile: &Tile, options: &IngestOptions, mosaic: Option<&Mosaic>) -> Result<(Vec<u8>, Option<Rgb>), SlideError> {
     let skip = |reason: String| SlideError::Skip(reason);
-    let size = tile.path.metadata().map_err(|e| skip(e.to_string()))?.len();
-    if size > MAX_BYTES {
-        return Err(skip(format!("{size} bytes are too many for a tile")));
-    }
-    let bytes = std::fs::read(&tile.path).map_err(|e| skip(e.to_string()))?;
+    let bytes = match &tile.origin {
+        Origin::File(path) => {
+            let size = path.metadata().map_err(|e| skip(e.to_string()))?.len();
+            if size > MAX_IMAGE {
+                return Err(skip(format!("{size} bytes are too many for a tile")));
+            }
+            std::fs::read(path).map_err(|e| skip(e.to_string()))?
+        }
+        Origin::Part(container, item) => container.read(*item).map_err(skip)?,
+    };
     let is_jpeg = bytes.starts_with(&[0xff, 0xd8]) && bytes.ends_with(&[0xff, 0xd9]);
     let image = if is_jpeg {
         let image = crate::decode::decode(&bytes).map_err(|e| skip(e.to_string()))?;
         Rgb { width: image.width, height: image.height, pixels: image.pixels }
     } else {
-        match Pixels::open(&tile.path)? {
-            Pixels::Image(image) => image,
-            #[cfg(feature = "openslide")]
-            Pixels::Slide(_) => return Err(skip("a tile is an image, not a slide".into())),
+        match &tile.origin {
+            Origin::Part(..) => Rgb::decode(&bytes)?,
+            Origin::File(path) => match Pixels::open(path)? {
+                Pixels::Image(image) => image,
+                #[cfg(feature = "openslide")]
+                Pixels::Slide(_) => return Err(skip("a tile is an image, not a slide".into())),
+            },
         }
     };
     if (image.width, image.height) != (options.patch_px, options.patch_px) {

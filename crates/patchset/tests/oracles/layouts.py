@@ -1,6 +1,8 @@
-"""Files in the layouts that CLAM, TRIDENT and ASAP publish: python layouts.py COMMAND ARGUMENTS…"""
+"""Files in the layouts that others publish: python layouts.py COMMAND ARGUMENTS…"""
+import io
 import json
 import sys
+import tarfile
 
 import h5py
 import numpy as np
@@ -45,6 +47,32 @@ def tiles(root, seed):
             name = "".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 8))
             noise = rng.integers(0, 60, (224, 224, 3)) + np.array([20 * at, 60, 120])
             Image.fromarray(noise.astype(np.uint8)).save(f"{root}/{label}/{label}-{name}.tif")
+
+
+def encoded(colour, kind="JPEG"):
+    """A tile of 32 px in one colour, which says which one it is."""
+    out = io.BytesIO()
+    Image.new("RGB", (32, 32), tuple(colour)).save(out, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    return out.getvalue()
+
+
+def webdataset(path, samples):
+    """A shard as webdataset's TarWriter makes it; samples are lists of (name, what): a colour, an object for .json, text for the rest."""
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as shard:
+        for name, what in json.loads(samples):
+            kind = name.rsplit(".", 1)[-1]
+            data = {"jpg": lambda: encoded(what), "png": lambda: encoded(what, "PNG")}.get(
+                kind, lambda: (json.dumps(what) if kind == "json" else str(what)).encode())()
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(data), 0o444
+            shard.addfile(entry, io.BytesIO(data))
+
+
+def jpegs(folder, colours):
+    """Encoded tiles as files 0, 1, …"""
+    for at, colour in enumerate(json.loads(colours)):
+        with open(f"{folder}/{at}", "wb") as file:
+            file.write(encoded(colour, "PNG" if at % 2 else "JPEG"))
 
 
 globals()[sys.argv[1]](*sys.argv[2:])

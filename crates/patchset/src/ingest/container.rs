@@ -102,6 +102,9 @@ pub(crate) struct Sample {
     pub(crate) class: Option<String>,
 }
 
+/// A file with what it says of its images, or why it is refused.
+pub(crate) type Opened = Result<(Container, Vec<Sample>), String>;
+
 /// Whether a file is compressed as a whole, which nothing can be found in.
 pub(crate) fn is_compressed(name: &str) -> bool {
     [".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"].iter().any(|end| name.ends_with(end))

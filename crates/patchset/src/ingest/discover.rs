@@ -8,7 +8,7 @@ use std::time::UNIX_EPOCH;
 use rand::seq::SliceRandom;
 use sgcl_draw::{Purpose, rng};
 
-use super::container::{self, Container, Origin, Sample};
+use super::container::{self, Opened, Origin, Sample};
 use super::tiles::{Tile, Tiles};
 use super::whole::{self, Plan};
 use super::{GROUP, IngestError, IngestOptions, Skipped, SlideError, labels, list, parquet, polygons, webdataset};
@@ -306,7 +306,7 @@ impl Packed {
         if container::is_compressed(&name) {
             return Err(bad(path, "is compressed as a whole; unpack it to .tar first"));
         }
-        let open: fn(&Path) -> Result<(Container, Vec<Sample>), String> = if name.ends_with(".tar") {
+        let open: fn(&Path) -> Opened = if name.ends_with(".tar") {
             webdataset::open
         } else if name.ends_with(".parquet") {
             parquet::open

@@ -21,7 +21,7 @@ use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::Value;
 
-use super::container::{Container, MAX_IMAGE, MAX_ITEMS, Sample};
+use super::container::{Container, MAX_IMAGE, MAX_ITEMS, Opened, Sample};
 use super::webdataset::called;
 
 /// Rows of small columns that are read together.
@@ -73,7 +73,7 @@ fn reader(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>, String> 
 }
 
 /// Finds the images of a Parquet file.
-pub(super) fn open(path: &Path) -> Result<(Container, Vec<Sample>), String> {
+pub(super) fn open(path: &Path) -> Opened {
     let builder = reader(path)?;
     let rows = usize::try_from(builder.metadata().file_metadata().num_rows()).unwrap_or(0);
     if rows == 0 || rows > MAX_ITEMS {
@@ -176,7 +176,7 @@ fn put_places(samples: &mut [Sample], slide: &ArrayRef, x: &ArrayRef, y: &ArrayR
         if [slide.is_null(row), x.is_null(row), y.is_null(row)].contains(&true) {
             continue;
         }
-        let [x, y] = [x.value(row), y.value(row)].map(|n| i32::try_from(n));
+        let [x, y] = [x.value(row), y.value(row)].map(i32::try_from);
         let (Ok(x), Ok(y)) = (x, y) else { return Err(format!("row {} lies too far out for a place", sample.item)) };
         let slide = called(slide.value(row)).map_err(|e| format!("the slide of row {} {e}", sample.item))?;
         sample.place = Some((slide, x, y));

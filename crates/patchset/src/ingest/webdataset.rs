@@ -15,7 +15,7 @@ use std::sync::Mutex;
 
 use serde_json::Value;
 
-use super::container::{Container, Entry, MAX_ITEMS, Sample, Tar};
+use super::container::{Container, Entry, MAX_ITEMS, Opened, Sample, Tar};
 
 /// Largest `.json` and `.cls`.
 const MAX_NOTE: u64 = 1 << 20;
@@ -34,7 +34,7 @@ struct Group {
 }
 
 /// Finds the images of a tar.
-pub(super) fn open(path: &Path) -> Result<(Container, Vec<Sample>), String> {
+pub(super) fn open(path: &Path) -> Opened {
     let file = File::open(path).map_err(|e| e.to_string())?;
     let whole = file.metadata().map_err(|e| e.to_string())?.len();
     let damaged = |e: &dyn std::fmt::Display| format!("is not a tar, or damaged: {e}");

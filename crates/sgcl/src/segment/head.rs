@@ -55,10 +55,12 @@ impl FcnHead {
         for conv in &self.convs {
             inner = conv.forward(&inner, train).relu();
         }
-        let mut joined = self.join.forward(&Tensor::cat(&[map, &inner], 1), train).relu();
-        if let Some(kept) = kept {
-            joined = joined * kept;
-        }
+        let joined = self.join.forward(&Tensor::cat(&[map, &inner], 1), train).relu();
+        // Not in place: ReLU's backward pass reads what it gave.
+        let joined = match kept {
+            Some(kept) => joined * kept,
+            None => joined,
+        };
         joined.conv2d(&self.weight, Some(&self.bias), [1, 1], [0, 0], [1, 1], 1)
     }
 

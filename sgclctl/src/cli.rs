@@ -3,10 +3,11 @@
 pub(crate) mod cluster;
 pub(crate) mod embed;
 pub(crate) mod eval;
+pub(crate) mod segmentation;
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use sgcl_patchset::ingest::{IngestOptions, Scale};
 
@@ -77,7 +78,7 @@ Nodes, ranks and configuration are the run's own; `sgclctl run --local --resume`
     /// Fetch a run's weights and verify them
     Pull(PullArgs),
     /// What weights are worth on a labelled patch set: nearest neighbours, linear classifiers, fine-tuning
-    Eval(eval::EvalArgs),
+    Eval(eval::EvalCommand),
     /// Write features of slides for slide-level models, in the layouts of TRIDENT and CLAM
     Embed(embed::EmbedArgs),
     /// Write a run's report: one HTML file with curves, slides, neighbours and probes
@@ -197,8 +198,18 @@ pub(crate) struct PhantomArgs {
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// Measure how much of the classes colour alone gives away
-    #[arg(long)]
+    #[arg(long, conflicts_with = "layout")]
     pub(crate) hardness: bool,
+    /// Draw a dataset in the layout in which others publish theirs, instead of slides
+    #[arg(long, value_enum, value_name = "LAYOUT")]
+    pub(crate) layout: Option<PhantomLayout>,
+}
+
+/// A published layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PhantomLayout {
+    /// BCSS: pictures of --size pixels and masks, a third of them of the institutes that are validated on
+    Bcss,
 }
 
 const RUN_EXAMPLES: &str = "\

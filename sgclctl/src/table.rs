@@ -4,11 +4,19 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
 /// A table with a line below its header; columns but the first are aligned right where they hold figures.
 pub(crate) fn text<const N: usize>(header: &[&str; N], rows: Vec<[String; N]>) -> String {
+    wide(header, rows.into_iter().map(Vec::from).collect())
+}
+
+/// The same of as many columns as the header has.
+pub(crate) fn wide(header: &[&str], rows: Vec<Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_content_arrangement(ContentArrangement::Dynamic);
     table.set_header(header.to_vec());
-    let figures: Vec<bool> =
-        (0..N).map(|at| at > 0 && rows.iter().all(|row| !row[at].starts_with(char::is_alphabetic))).collect();
+    let figures: Vec<bool> = (0..header.len())
+        .map(|at| {
+            at > 0 && rows.iter().filter_map(|row| row.get(at)).all(|cell| !cell.starts_with(char::is_alphabetic))
+        })
+        .collect();
     for row in rows {
         table.add_row(row);
     }

@@ -6,6 +6,7 @@ mod cache;
 mod encoder;
 mod protocol;
 mod result;
+pub(crate) mod segmentation;
 mod task;
 mod views;
 
@@ -17,6 +18,7 @@ use serde_json::{Map, Value, json};
 use sgcl::backbone::Arch;
 use sgcl::weights::LoadReport;
 use sgcl_patchset::PatchSet;
+use sgcl_proto::exit;
 use tch::{Device, Kind, Tensor};
 
 use cache::{Cache, Key};
@@ -179,6 +181,17 @@ impl Work<'_> {
         }
         Ok((features, key.id))
     }
+}
+
+/// The exit code of what only these commands run into.
+pub(crate) fn exit_code(error: &anyhow::Error) -> Option<u8> {
+    error.chain().find_map(|cause| {
+        let full = |error: &std::io::Error| error.kind() == std::io::ErrorKind::StorageFull;
+        if cause.downcast_ref::<std::io::Error>().is_some_and(full) {
+            return Some(exit::CANNOT_CREATE);
+        }
+        cause.is::<segmentation::SegmentationError>().then_some(exit::DATA)
+    })
 }
 
 fn keys_json(report: &LoadReport) -> Value {

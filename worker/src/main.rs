@@ -1,5 +1,5 @@
-//! `sgcl-worker`: what runs on a node. `node` supervises and calls no torch, `rank` trains, `eval` evaluates encoders, `embed` writes
-//! features of slides.
+//! `sgcl-worker`: what runs on a node. `node` supervises and calls no torch, `rank` trains, `eval` and `segmentation` evaluate encoders,
+//! `embed` writes features of slides.
 
 mod dial;
 mod embed;
@@ -33,6 +33,8 @@ enum Command {
     Rank(rank::RankArgs),
     /// Evaluate encoders on a labelled patch set; JSON lines on standard output
     Eval(eval::EvalArgs),
+    /// Train segmentation on encoders and validate it; JSON lines on standard output
+    Segmentation(eval::segmentation::SegmentationArgs),
     /// Write features of slides in TRIDENT's and CLAM's layouts; JSON lines on standard output
     Embed(embed::EmbedArgs),
     /// Train as one rank of a world without coordinator, metrics and commits; seconds of each step's end on standard output
@@ -53,7 +55,8 @@ fn main() -> ExitCode {
         Err(error) => {
             // Standard error is gone: nobody is left to tell.
             let _ = writeln!(std::io::stderr(), "error: {error:#}");
-            ExitCode::from(embed::exit_code(&error).unwrap_or_else(|| rank::exit_code(&error)))
+            let known = embed::exit_code(&error).or_else(|| eval::exit_code(&error));
+            ExitCode::from(known.unwrap_or_else(|| rank::exit_code(&error)))
         }
     }
 }
@@ -71,6 +74,13 @@ fn run(command: Command) -> Result<ExitCode> {
             let mut out = std::io::stdout().lock();
             eval::main(runtime.handle(), &args, |line| {
                 // The reader is gone: the work is for nobody, but harmless.
+                let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+            })?;
+            Ok(ExitCode::from(exit::DONE))
+        }
+        Command::Segmentation(args) => {
+            let mut out = std::io::stdout().lock();
+            eval::segmentation::main(runtime.handle(), &args, |line| {
                 let _ = writeln!(out, "{line}").and_then(|()| out.flush());
             })?;
             Ok(ExitCode::from(exit::DONE))

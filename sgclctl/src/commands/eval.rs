@@ -1,5 +1,6 @@
 //! `eval`: `sgcl-worker` evaluates encoders; this shows and keeps what it found.
 
+pub(crate) mod segmentation;
 pub(crate) mod table;
 mod worker;
 
@@ -11,13 +12,20 @@ use serde_json::{Value, json};
 use sgcl_patchset::{PatchSet, Store};
 use sgcl_runstore::{RunName, status};
 
-use crate::cli::eval::EvalArgs;
+use crate::cli::eval::{EvalArgs, EvalCommand, Transfer};
 use crate::error::Failure;
 use crate::exit::Exit;
 use crate::output::Out;
 use crate::report::EvalPage;
 
-pub(crate) async fn main(args: EvalArgs, out: Out) -> Result<Exit> {
+pub(crate) async fn dispatch(command: EvalCommand, out: Out) -> Result<Exit> {
+    match command {
+        EvalCommand::Patches(args) => main(*args, out).await,
+        EvalCommand::Transfer(Transfer::Segmentation(args)) => segmentation::main(args, out).await,
+    }
+}
+
+async fn main(args: EvalArgs, out: Out) -> Result<Exit> {
     if !(args.holdout_fraction > 0.0 && args.holdout_fraction < 1.0) {
         return Err(Failure::new(
             Exit::Usage,

@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 use serde_json::json;
-use sgcl_phantom::{Phantom, hardness::hardness};
+use sgcl_phantom::{Phantom, bcss, hardness::hardness};
 
-use crate::cli::PhantomArgs;
+use crate::cli::{PhantomArgs, PhantomLayout};
 use crate::exit::Exit;
 use crate::output::{Out, percent};
 use crate::progress;
@@ -18,8 +18,10 @@ pub(crate) async fn main(args: PhantomArgs, out: Out) -> Result<Exit> {
     let mut files = Vec::new();
     for slide in 0..args.slides {
         let (folder, name) = (args.out.clone(), format!("phantom-{slide:02}"));
-        let drawn =
-            tokio::task::spawn_blocking(move || Phantom::draw(args.seed, slide, args.size)?.write(&folder, &name));
+        let drawn = tokio::task::spawn_blocking(move || match args.layout {
+            None => Phantom::draw(args.seed, slide, args.size)?.write(&folder, &name),
+            Some(PhantomLayout::Bcss) => bcss::write(&folder, args.seed, slide, args.size),
+        });
         files.push(drawn.await??);
         bar.inc(1);
     }

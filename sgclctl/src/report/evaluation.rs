@@ -46,11 +46,11 @@ struct Section {
     mistakes: Vec<Mistake>,
 }
 
-struct Cell {
-    text: String,
-    title: String,
+pub(super) struct Cell {
+    pub(super) text: String,
+    pub(super) title: String,
     /// Strength of its ground, in percent; at most 55, so that the page's ink stays readable on it.
-    strength: String,
+    pub(super) strength: String,
 }
 
 struct Mistake {
@@ -156,7 +156,7 @@ impl Mistake {
 }
 
 /// Rows are true classes, with the share of their patches that was called each class.
-fn confusion(classes: &[String], counts: &Value) -> Vec<(String, Vec<Cell>)> {
+pub(super) fn confusion(classes: &[String], counts: &Value) -> Vec<(String, Vec<Cell>)> {
     let rows = list(counts).map(|row| list(row).map(|n| n.as_f64().unwrap_or(0.0)).collect::<Vec<f64>>());
     classes
         .iter()
@@ -194,10 +194,10 @@ fn patch(mistake: &Value) -> Option<u32> {
     u32::try_from(mistake["patch"].as_u64()?).ok()
 }
 
-fn list(value: &Value) -> impl Iterator<Item = &Value> {
+pub(super) fn list(value: &Value) -> impl Iterator<Item = &Value> {
     value.as_array().into_iter().flatten()
 }
 
-fn word(value: &Value) -> String {
+pub(super) fn word(value: &Value) -> String {
     value.as_str().unwrap_or("?").to_owned()
 }

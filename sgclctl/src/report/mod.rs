@@ -9,8 +9,10 @@ mod evaluation;
 mod page;
 mod pictures;
 mod roc;
+mod segmentation;
 mod slides;
 
 pub(crate) use data::{Facts, Wanted};
 pub(crate) use evaluation::EvalPage;
 pub(crate) use page::Page;
+pub(crate) use segmentation::SegmentationPage;

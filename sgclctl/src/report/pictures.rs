@@ -37,6 +37,11 @@ pub(crate) fn patch(encoded: &[u8]) -> Option<String> {
     jpeg(&shrunk(image, PATCH_PX))
 }
 
+/// Pictures side by side in a PNG of ours, as they are.
+pub(crate) fn triptych(encoded: &[u8]) -> Option<String> {
+    jpeg(&image::load_from_memory_with_format(encoded, ImageFormat::Png).ok()?)
+}
+
 /// One pixel a tile: (column, row, colour); transparent elsewhere. The page scales it up without smoothing.
 pub(crate) fn tiles(grid: [u32; 2], tiles: impl Iterator<Item = (u32, u32, [u8; 3])>) -> Option<String> {
     let mut picture = RgbaImage::new(grid[0], grid[1]);

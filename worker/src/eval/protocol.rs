@@ -226,11 +226,12 @@ impl Bench<'_> {
 }
 
 /// Weights and running statistics, which share storage with the network.
-fn state(backbone: &Backbone) -> Vec<Tensor> {
+pub(super) fn state(backbone: &Backbone) -> Vec<Tensor> {
     backbone.parameters().into_iter().chain(backbone.buffers()).map(|(_, tensor)| tensor.detach()).collect()
 }
 
-fn restore(backbone: &Backbone, before: &[Tensor]) {
+/// Writes back what [`state`] gave.
+pub(super) fn restore(backbone: &Backbone, before: &[Tensor]) {
     for (mut to, from) in state(backbone).into_iter().zip(before) {
         to.copy_(from);
     }

@@ -88,7 +88,7 @@ pub(super) fn summary(protocols: &[(Protocol, Value)], result: &mut Map<String, 
 }
 
 /// Mean and, of two values or more, the deviation of a sample.
-fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
+pub(super) fn mean_and_deviation(values: &[f64]) -> (f64, f64) {
     let n = values.len() as f64;
     let mean = values.iter().sum::<f64>() / n;
     let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();

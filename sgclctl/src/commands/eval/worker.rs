@@ -33,6 +33,11 @@ pub(super) async fn results(args: &EvalArgs, out: Out) -> Result<Vec<Value>> {
         command.arg("--cache").arg(cache);
     }
     command.arg("--weights").args(&args.weights);
+    run(command, out).await
+}
+
+/// Runs a worker that prints progress and results as JSON lines, and returns the results.
+pub(super) async fn run(mut command: Command, out: Out) -> Result<Vec<Value>> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
     let mut child = command.spawn().context("cannot start sgcl-worker")?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
@@ -68,7 +73,7 @@ pub(super) async fn results(args: &EvalArgs, out: Out) -> Result<Vec<Value>> {
 }
 
 /// Values as typed, separated by commas.
-fn names<T: ValueEnum>(values: &[T]) -> String {
+pub(super) fn names<T: ValueEnum>(values: &[T]) -> String {
     let names: Vec<String> =
         values.iter().filter_map(|v| v.to_possible_value()).map(|v| v.get_name().to_owned()).collect();
     names.join(",")

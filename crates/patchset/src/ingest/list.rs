@@ -57,7 +57,7 @@ fn parse(line: &str) -> Result<Listed, String> {
             Ok(number) if number >= 0 => Ok(Listed { path: path.trim_end().into(), label: Some(number.to_string()) }),
             Ok(number) => Err(format!("label {number} is below 0")),
             // A blank in the path, or another kind of list.
-            Err(_) if Path::new(line).extension().is_some() => Ok(Listed { path: line.into(), label: None }),
+            Err(_) if Path::new(label).extension().is_some() => Ok(Listed { path: line.into(), label: None }),
             Err(_) => Err(format!("{label:?} is no label; a whole number from 0 is wanted")),
         },
     }

@@ -39,7 +39,7 @@ pub(crate) enum EvalCommand {
 #[derive(Subcommand, Debug)]
 pub(crate) enum Transfer {
     /// Semantic segmentation on images and masks laid out as BCSS
-    Segmentation(SegmentationArgs),
+    Segmentation(Box<SegmentationArgs>),
 }
 
 // By hand, for `eval`'s own arguments are required only where no subcommand is named.

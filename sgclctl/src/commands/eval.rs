@@ -21,7 +21,7 @@ use crate::report::EvalPage;
 pub(crate) async fn dispatch(command: EvalCommand, out: Out) -> Result<Exit> {
     match command {
         EvalCommand::Patches(args) => main(*args, out).await,
-        EvalCommand::Transfer(Transfer::Segmentation(args)) => segmentation::main(args, out).await,
+        EvalCommand::Transfer(Transfer::Segmentation(args)) => segmentation::main(*args, out).await,
     }
 }
 

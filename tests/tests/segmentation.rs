@@ -85,7 +85,7 @@ fn figures_are_numpys_better_than_guesses_and_the_same_for_the_same_seed() {
     let (save, page) = (folder.path().join("saved"), text(&folder.path().join("page.html")));
     let weights = text(&folder.path().join("plain.pth"));
     let call = |trials: &str, save: &Path| {
-        let more = ["--weights", &weights, "--steps", "16", "--lr", "0.03", "--tile-px", "36", "--augment", "flip"];
+        let more = ["--weights", &weights, "--steps", "20", "--lr", "0.03", "--tile-px", "36", "--augment", "flip"];
         let save = text(save);
         let rest = ["--seed", "3", "--page", &page, "--trials", trials, "--save", &save];
         results(segment(&data, &[&more[..], &rest[..]].concat()))

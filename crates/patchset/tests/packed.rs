@@ -32,7 +32,11 @@ fn options() -> IngestOptions {
     IngestOptions { patch_px: 32, scale: Scale::Level(0), ..IngestOptions::default() }
 }
 
-async fn run(folder: &TempDir, sources: &[PathBuf], options: &IngestOptions) -> Result<IngestReport, IngestError> {
+async fn run(folder: &TempDir, source: &Path, options: &IngestOptions) -> Result<IngestReport, IngestError> {
+    run_all(folder, &[source.to_owned()], options).await
+}
+
+async fn run_all(folder: &TempDir, sources: &[PathBuf], options: &IngestOptions) -> Result<IngestReport, IngestError> {
     let to = folder.path().join("set");
     ingest(sources, &Store::open(text(&to)).unwrap(), options, Arc::new(|_| {})).await
 }
@@ -84,7 +88,7 @@ async fn shards_of_webdataset_are_one_set_with_their_places_and_classes() {
     ]);
     layout(&["webdataset", text(&one), &first.to_string()]);
     layout(&["webdataset", text(&two), &second.to_string()]);
-    let report = run(&folder, &[shards], &options()).await.unwrap();
+    let report = run(&folder, &shards, &options()).await.unwrap();
     assert!(report.skipped.is_empty(), "{:?}", report.skipped);
     let found = patches(&folder).await;
     let places: Vec<_> =
@@ -116,10 +120,10 @@ async fn a_patch_sets_own_shards_go_in_again_as_they_came_out() {
         })
         .collect();
     layout(&["webdataset", text(&shard), &Value::from(samples).to_string()]);
-    run(&folder, &[shard], &options()).await.unwrap();
+    run(&folder, &shard, &options()).await.unwrap();
     let before = patches(&folder).await;
     let again = tempfile::tempdir().unwrap();
-    run(&again, &[folder.path().join("set/shards")], &options()).await.unwrap();
+    run(&again, &folder.path().join("set/shards"), &options()).await.unwrap();
     assert_eq!(patches(&again).await, before);
     assert_eq!(before.len(), 20);
 }
@@ -134,7 +138,7 @@ async fn shards_that_do_not_fit_are_refused_with_the_file_and_the_reason(#[case]
     let folder = tempfile::tempdir().unwrap();
     let shard = folder.path().join("x.tar");
     layout(&["webdataset", text(&shard), &samples.to_string()]);
-    let error = run(&folder, &[shard.clone()], &options()).await.unwrap_err().to_string();
+    let error = run(&folder, &shard, &options()).await.unwrap_err().to_string();
     assert!(error.contains(text(&shard)) && error.contains(says), "{error}");
 }
 
@@ -146,21 +150,21 @@ async fn a_shard_that_breaks_off_or_is_compressed_is_refused_and_a_damaged_image
     layout(&["webdataset", text(&shard), &samples.to_string()]);
     let whole = std::fs::read(&shard).unwrap();
     std::fs::write(&shard, &whole[..700]).unwrap();
-    let error = run(&folder, &[shard.clone()], &options()).await.unwrap_err().to_string();
+    let error = run(&folder, &shard, &options()).await.unwrap_err().to_string();
     assert!(error.contains("x.tar") && error.contains("breaks off within a.jpg"), "{error}");
     std::fs::write(&shard, b"no tar at all").unwrap();
-    let error = run(&folder, &[shard.clone()], &options()).await.unwrap_err().to_string();
+    let error = run(&folder, &shard, &options()).await.unwrap_err().to_string();
     assert!(error.contains("x.tar") && error.contains("holds no image") || error.contains("is not a tar"), "{error}");
     let packed = folder.path().join("x.tar.gz");
     std::fs::write(&packed, b"").unwrap();
-    let error = run(&folder, &[packed], &options()).await.unwrap_err().to_string();
+    let error = run(&folder, &packed, &options()).await.unwrap_err().to_string();
     assert!(error.contains("x.tar.gz") && error.contains("unpack it"), "{error}");
 
     let at = whole.windows(2).position(|pair| pair == [0xff, 0xd8]).unwrap();
     let mut damaged = whole;
     damaged[at..at + 30].fill(0);
     std::fs::write(&shard, damaged).unwrap();
-    let report = run(&folder, &[shard], &options()).await.unwrap();
+    let report = run(&folder, &shard, &options()).await.unwrap();
     assert_eq!(report.skipped.len(), 1);
     assert!(report.skipped[0].source.starts_with("a.jpg in ") && report.skipped[0].source.ends_with("x.tar"));
     assert_eq!(loose(patches(&folder).await), [(class("2"), 50)]);
@@ -184,7 +188,10 @@ fn image_struct(images: &[Option<&[u8]>]) -> (DataType, ArrayRef) {
     (DataType::Struct(fields.clone()), Arc::new(StructArray::new(fields, vec![bytes, paths], None)))
 }
 
-fn write(path: &Path, columns: Vec<(&str, DataType, ArrayRef)>, huggingface: Option<Value>) {
+/// Name, type and values.
+type Column = (&'static str, DataType, ArrayRef);
+
+fn write(path: &Path, columns: Vec<Column>, huggingface: Option<Value>) {
     let fields: Vec<Field> = columns.iter().map(|(name, kind, _)| Field::new(*name, kind.clone(), true)).collect();
     let schema = Arc::new(Schema::new(fields));
     let batch =
@@ -213,7 +220,7 @@ async fn parquet_of_hugging_face_has_its_classes_by_the_names_in_its_metadata() 
     let says = json!({ "info": { "features": {
         "picture": { "_type": "Image" }, "kind": { "names": ["ADI", "BACK", "TUM"], "_type": "ClassLabel" } } } });
     write(&file, vec![("picture", kind, array), ("kind", DataType::Int64, labels)], Some(says));
-    let report = run(&folder, &[file.clone()], &options()).await.unwrap();
+    let report = run(&folder, &file, &options()).await.unwrap();
     assert_eq!(report.skipped.len(), 1, "{:?}", report.skipped);
     assert!(report.skipped[0].source.starts_with("row 6 of ") && report.skipped[0].reason.contains("has no bytes"));
     let expected =
@@ -221,7 +228,7 @@ async fn parquet_of_hugging_face_has_its_classes_by_the_names_in_its_metadata() 
     assert_eq!(loose(patches(&folder).await), expected);
 
     // The same call again finds the set as it is.
-    let again = run(&folder, &[file], &options()).await.unwrap();
+    let again = run(&folder, &file, &options()).await.unwrap();
     assert!(again.slides.iter().all(|slide| slide.resumed));
 }
 
@@ -242,7 +249,7 @@ async fn parquet_with_plain_columns_has_text_labels_and_places() {
         ("y", DataType::Int64, y),
     ];
     write(&file, columns, None);
-    run(&folder, &[file], &options()).await.unwrap();
+    run(&folder, &file, &options()).await.unwrap();
     let found: Vec<_> =
         patches(&folder).await.into_iter().map(|(slide, x, y, class, _)| (slide, x, y, class)).collect();
     let expected = [
@@ -262,7 +269,7 @@ async fn parquet_that_does_not_fit_is_refused_with_the_file_and_the_reason() {
     let image = || -> ArrayRef { Arc::new(BinaryArray::from(encoded.iter().map(Vec::as_slice).collect::<Vec<_>>())) };
     let numbers = |values: [i64; 2]| -> ArrayRef { Arc::new(Int64Array::from(values.to_vec())) };
     let named = json!({ "info": { "features": { "label": { "names": ["a", "b"], "_type": "ClassLabel" } } } });
-    let cases: Vec<(Vec<(&str, DataType, ArrayRef)>, Option<Value>, &str)> = vec![
+    let cases: Vec<(Vec<Column>, Option<Value>, &str)> = vec![
         (vec![("img", DataType::Binary, image())], None, "has no column `image`; it has img"),
         (vec![("image", DataType::Int64, numbers([1, 2]))], None, "its column `image` is Int64"),
         (
@@ -283,12 +290,12 @@ async fn parquet_that_does_not_fit_is_refused_with_the_file_and_the_reason() {
     ];
     for (columns, says, reason) in cases {
         write(&file, columns, says);
-        let error = run(&folder, &[file.clone()], &options()).await.unwrap_err().to_string();
+        let error = run(&folder, &file, &options()).await.unwrap_err().to_string();
         assert!(error.contains(text(&file)) && error.contains(reason), "{error}");
     }
     let whole = std::fs::read(&file).unwrap();
     std::fs::write(&file, &whole[..whole.len() - 20]).unwrap();
-    let error = run(&folder, &[file], &options()).await.unwrap_err().to_string();
+    let error = run(&folder, &file, &options()).await.unwrap_err().to_string();
     assert!(error.contains("x.parquet") && error.contains("is not Parquet, or damaged"), "{error}");
 }
 
@@ -321,7 +328,7 @@ async fn a_list_names_tiles_their_labels_or_else_their_folders_their_classes() {
         "tumor/t1/t1_0_0_0.png 1\ntumor/t1/t1_1_0_0.png 1\n\nnormal/n1/n1_0_0_0.png 0\nother/odd.png\n",
     )
     .unwrap();
-    run(&folder, &[root.clone()], &options).await.unwrap();
+    run(&folder, &root, &options).await.unwrap();
     let places = |found: Vec<(String, i32, i32, Option<String>, u8)>| -> Vec<_> {
         found.into_iter().map(|(slide, x, y, class, _)| (slide, x, y, class)).collect()
     };
@@ -333,7 +340,7 @@ async fn a_list_names_tiles_their_labels_or_else_their_folders_their_classes() {
 
     std::fs::remove_dir_all(folder.path().join("set")).unwrap();
     std::fs::write(&list, "tumor/t1/t1_0_0_0.png\r\ntumor/t1/t1_1_0_0.png\r\nnormal/n1/n1_0_0_0.png\r\n").unwrap();
-    run(&folder, &[root], &options).await.unwrap();
+    run(&folder, &root, &options).await.unwrap();
     assert_eq!(places(patches(&folder).await), [t1(0, "tumor"), t1(1, "tumor"), n1("normal")]);
 }
 
@@ -348,8 +355,8 @@ async fn lists_that_do_not_fit_are_refused_with_the_file_and_the_reason(#[case] 
     let list = folder.path().join("train.txt");
     std::fs::write(&list, lines).unwrap();
     let options = IngestOptions { list: Some(list.clone()), ..options() };
-    let error = run(&folder, &[root.clone()], &options).await.unwrap_err().to_string();
+    let error = run(&folder, &root, &options).await.unwrap_err().to_string();
     assert!(error.contains(text(&list)) && error.contains(says), "{error}");
-    let error = run(&folder, &[root.clone(), root], &options).await.unwrap_err().to_string();
+    let error = run_all(&folder, &[root.clone(), root], &options).await.unwrap_err().to_string();
     assert!(error.contains("--list wants one source"), "{error}");
 }

@@ -4,7 +4,7 @@ use rand_distr::{Distribution, StandardNormal};
 use sgcl_draw::{Purpose, rng};
 use tch::{Device, Kind, Tensor};
 
-use crate::backbone::Unit;
+use crate::backbone::{Pass, Unit};
 use crate::init::kaiming_normal_;
 
 /// Spread of the last layer's first weights.
@@ -51,11 +51,12 @@ impl FcnHead {
 
     /// Logits, as coarse as the map. `kept` (B, channels, 1, 1) multiplies the channels before the last layer: dropout.
     pub fn logits(&self, map: &Tensor, train: bool, kept: Option<&Tensor>) -> Tensor {
+        let pass = Pass::alone(train);
         let mut inner = map.shallow_clone();
         for conv in &self.convs {
-            inner = conv.forward(&inner, train).relu();
+            inner = conv.forward(&inner, pass).relu();
         }
-        let joined = self.join.forward(&Tensor::cat(&[map, &inner], 1), train).relu();
+        let joined = self.join.forward(&Tensor::cat(&[map, &inner], 1), pass).relu();
         // Not in place: ReLU's backward pass reads what it gave.
         let joined = match kept {
             Some(kept) => joined * kept,

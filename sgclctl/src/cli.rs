@@ -1,6 +1,7 @@
 //! The command line as typed. Each command's file turns its arguments into what it needs.
 
 pub(crate) mod cluster;
+pub(crate) mod detection;
 pub(crate) mod embed;
 pub(crate) mod eval;
 pub(crate) mod segmentation;
@@ -183,6 +184,17 @@ pub(crate) struct IngestArgs {
     pub(crate) dry_run: bool,
 }
 
+/// What `phantom` writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum PhantomLayout {
+    /// Whole slides with label maps
+    Slides,
+    /// Pictures of --size pixels and masks, as BCSS is published: a third of them of the institutes that are validated on
+    Bcss,
+    /// Fields with boxed nuclei, as NuCLS is published
+    Nucls,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct PhantomArgs {
     /// Folder to write to
@@ -197,19 +209,18 @@ pub(crate) struct PhantomArgs {
     /// Seed: the same one draws the same slides
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    /// What to write of them
+    #[arg(long, value_enum, default_value_t = PhantomLayout::Slides)]
+    pub(crate) layout: PhantomLayout,
+    /// Fields of a slide (nucls)
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub(crate) fields: u64,
+    /// Side of a field in pixels (nucls)
+    #[arg(long, default_value_t = 300, value_name = "PX")]
+    pub(crate) field_px: u32,
     /// Measure how much of the classes colour alone gives away
     #[arg(long, conflicts_with = "layout")]
     pub(crate) hardness: bool,
-    /// Draw a dataset in the layout in which others publish theirs, instead of slides
-    #[arg(long, value_enum, value_name = "LAYOUT")]
-    pub(crate) layout: Option<PhantomLayout>,
-}
-
-/// A published layout.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum PhantomLayout {
-    /// BCSS: pictures of --size pixels and masks, a third of them of the institutes that are validated on
-    Bcss,
 }
 
 const RUN_EXAMPLES: &str = "\

@@ -138,7 +138,7 @@ fn known(cause: &(dyn StdError + 'static)) -> Option<Known> {
     if let Some(e) = cause.downcast_ref::<PhantomError>() {
         return Some(match e {
             PhantomError::Io { source, .. } => io(source.kind()),
-            PhantomError::Side(_) | PhantomError::Series(_) => (Exit::Usage, None),
+            PhantomError::Side(_) | PhantomError::Field { .. } | PhantomError::Series(_) => (Exit::Usage, None),
             _ => (Exit::Io, None),
         });
     }

@@ -39,15 +39,15 @@ pub(crate) fn find() -> Result<PathBuf, Failure> {
     }
 }
 
-/// What the worker said last: its `error:` line where there is one.
-pub(crate) fn failure(code: Option<i32>, words: &[String]) -> Failure {
+/// What the worker, or another program of ours, said last: its `error:` line where there is one.
+pub(crate) fn failure(program: &str, code: Option<i32>, words: &[String]) -> Failure {
     let last = words.iter().rposition(|line| line.starts_with("error: ")).map_or(words, |at| &words[at..]);
     let text = last.join("\n");
     let text = text.strip_prefix("error: ").unwrap_or(&text);
     let exit = code.map_or(Exit::Failed, Exit::of_worker);
     match text.rsplit_once("; ").filter(|_| !text.contains('\n')) {
         Some((what, remedy)) => Failure::new(exit, what).hint(remedy),
-        None if text.is_empty() => Failure::new(exit, format!("sgcl-worker ended with {code:?} and said nothing"))
+        None if text.is_empty() => Failure::new(exit, format!("{program} ended with {code:?} and said nothing"))
             .hint("SGCL_LOG=debug makes it say more"),
         None => Failure::new(exit, text),
     }

@@ -1,6 +1,7 @@
 //! Where which tissue lies: warped Voronoi regions inside an irregular outline.
 
 pub mod bcss;
+pub mod nucls;
 
 use rand::Rng as _;
 use sgcl_draw::{Purpose, rng};

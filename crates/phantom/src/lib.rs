@@ -23,7 +23,7 @@ use layout::Layout;
 use stain::Stain;
 use tissue::Tile;
 
-pub use layout::{CLASSES, bcss};
+pub use layout::{CLASSES, bcss, nucls};
 pub use tiff::{TiffError, encode_pyramid};
 
 /// Pixels of the slide for one pixel of the label raster.
@@ -45,6 +45,14 @@ pub enum PhantomError {
     /// A side that is not drawn.
     #[error("a phantom of {0} px a side is not drawn; choose 256 to 30000")]
     Side(u32),
+    /// A field that does not fit its slide, or none's.
+    #[error("a field of {px} px on a slide of {side} px is not drawn; choose 64 to 2048, and no more than the slide")]
+    Field {
+        /// The field's side.
+        px: u32,
+        /// The slide's.
+        side: u32,
+    },
     /// Too few slides to classify one by the others.
     #[error("hardness compares slides with each other and got {0}: draw 2 or more")]
     Series(u64),

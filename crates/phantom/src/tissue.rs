@@ -6,6 +6,26 @@
 use crate::layout::{Layout, Region};
 use crate::noise::{Uniforms, smooth};
 
+/// What kind of cell a nucleus is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cell {
+    Fibroblast,
+    Tumour,
+    Lymphocyte,
+    Adipocyte,
+    Epithelium,
+}
+
+/// A nucleus that was drawn, perhaps in part outside its tile; pixels of the slide.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Nucleus {
+    pub(crate) cell: Cell,
+    pub(crate) centre: (f32, f32),
+    pub(crate) axes: (f32, f32),
+    /// Direction of the first axis, radians.
+    pub(crate) angle: f32,
+}
+
 /// Densities of one tile.
 pub(crate) struct Tile {
     pub(crate) left: i64,
@@ -13,6 +33,8 @@ pub(crate) struct Tile {
     pub(crate) side: usize,
     pub(crate) haematoxylin: Vec<f32>,
     pub(crate) eosin: Vec<f32>,
+    /// The cells' nuclei, in the order they were drawn; crumbs of dead ones are none.
+    pub(crate) nuclei: Vec<Nucleus>,
 }
 
 /// A lattice of things of one class.
@@ -38,7 +60,8 @@ const THINGS: [Things; 7] = [
 impl Tile {
     /// Draws the tile whose top left pixel is (left, top).
     pub(crate) fn draw(layout: &Layout, seed: u64, left: i64, top: i64, side: usize) -> Self {
-        let mut tile = Tile { left, top, side, haematoxylin: vec![0.0; side * side], eosin: vec![0.0; side * side] };
+        let empty = || vec![0.0; side * side];
+        let mut tile = Tile { left, top, side, haematoxylin: empty(), eosin: empty(), nuclei: Vec::new() };
         tile.ground(layout, seed);
         for (number, things) in THINGS.iter().enumerate() {
             let margin = things.reach;
@@ -127,12 +150,21 @@ impl Tile {
     }
 }
 
+impl Tile {
+    /// A nucleus of a cell, drawn and remembered.
+    fn cell(&mut self, nucleus: Nucleus, density: f32, hollow: f32) {
+        self.nucleus(nucleus.centre, nucleus.axes, nucleus.angle, density, hollow);
+        self.nuclei.push(nucleus);
+    }
+}
+
 /// A long thin nucleus along the fibres.
 fn spindle(tile: &mut Tile, region: &Region, x: f32, y: f32, draws: &mut Uniforms) {
     let long = draws.between(9.0, 14.0);
     let angle = region.angle + draws.between(-0.25, 0.25);
     let density = region.haematoxylin * draws.between(0.9, 1.3);
-    tile.nucleus((x, y), (long, draws.between(2.2, 3.2)), angle, density, 0.1);
+    let axes = (long, draws.between(2.2, 3.2));
+    tile.cell(Nucleus { cell: Cell::Fibroblast, centre: (x, y), axes, angle }, density, 0.1);
 }
 
 /// A large, irregular nucleus with a pale inside and one or two nucleoli.
@@ -141,7 +173,7 @@ fn pleomorphic(tile: &mut Tile, region: &Region, x: f32, y: f32, draws: &mut Uni
     let b = a * draws.between(0.6, 1.0);
     let angle = draws.between(0.0, 3.2);
     let density = region.haematoxylin * draws.between(0.7, 1.2);
-    tile.nucleus((x, y), (a, b), angle, density, 0.6);
+    tile.cell(Nucleus { cell: Cell::Tumour, centre: (x, y), axes: (a, b), angle }, density, 0.6);
     for _ in 0..2 {
         let (dx, dy) = (draws.between(-0.4, 0.4) * b, draws.between(-0.4, 0.4) * b);
         tile.nucleus((x + dx, y + dy), (1.8, 1.8), 0.0, density * 1.5, 0.0);
@@ -152,7 +184,8 @@ fn pleomorphic(tile: &mut Tile, region: &Region, x: f32, y: f32, draws: &mut Uni
 fn lymphocyte(tile: &mut Tile, region: &Region, x: f32, y: f32, draws: &mut Uniforms) {
     let radius = draws.between(3.4, 4.8);
     let density = region.haematoxylin * draws.between(0.8, 1.25);
-    tile.nucleus((x, y), (radius, radius * draws.between(0.85, 1.0)), 0.0, density, 0.05);
+    let axes = (radius, radius * draws.between(0.85, 1.0));
+    tile.cell(Nucleus { cell: Cell::Lymphocyte, centre: (x, y), axes, angle: 0.0 }, density, 0.05);
 }
 
 /// An empty fat cell in a thin membrane, a flat nucleus at its rim.
@@ -171,7 +204,8 @@ fn vacuole(tile: &mut Tile, region: &Region, x: f32, y: f32, draws: &mut Uniform
         let place = draws.between(0.0, 6.3);
         let (s, c) = place.sin_cos();
         let density = region.haematoxylin * 1.2;
-        tile.nucleus((x + a * c, y + b * s), (6.5, 2.2), place + 1.57, density, 0.1);
+        let (centre, angle) = ((x + a * c, y + b * s), place + 1.57);
+        tile.cell(Nucleus { cell: Cell::Adipocyte, centre, axes: (6.5, 2.2), angle }, density, 0.1);
     }
 }
 
@@ -195,7 +229,8 @@ fn gland(tile: &mut Tile, region: &Region, x: f32, y: f32, draws: &mut Uniforms)
         let turn = at as f32 / count as f32 * std::f32::consts::TAU + draws.between(-0.05, 0.05);
         let (u, v) = (outer * 0.82 * turn.cos(), outer * squash * 0.82 * turn.sin());
         let density = region.haematoxylin * draws.between(0.85, 1.2);
-        tile.nucleus((x + u * c - v * s, y + u * s + v * c), (5.2, 3.1), turn + angle, density, 0.25);
+        let (centre, angle) = ((x + u * c - v * s, y + u * s + v * c), turn + angle);
+        tile.cell(Nucleus { cell: Cell::Epithelium, centre, axes: (5.2, 3.1), angle }, density, 0.25);
     }
 }
 

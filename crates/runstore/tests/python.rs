@@ -115,6 +115,22 @@ assert gap <= 1e-5 * want.abs().max().item(), gap
 data = timm.data.resolve_model_data_config(other)
 assert list(data["mean"]) == [0.485, 0.456, 0.406] and list(data["input_size"]) == [3, 224, 224], data
 
+# the example in transfer/, key by key, and the package that trains detectors on it
+import pathlib, runpy
+transfer = pathlib.Path(sys.argv[4])
+example, transform = runpy.run_path(str(transfer / "examples/timm_load.py"))["encoder"](pathlib.Path(folder))
+with torch.no_grad():
+    assert (example(x) - want).abs().max().item() <= 1e-5 * want.abs().max().item()
+sys.path.insert(0, str(transfer))
+from sgcl_transfer import weights
+for name in ["backbone.pth", "model.safetensors"]:
+    source = weights.read(f"{folder}/{name}")
+    assert weights.architecture(source) == sys.argv[3], name
+    network = weights.backbone(sys.argv[3])
+    report = weights.load(network, source, name, sys.argv[3])
+    assert report.missing == report.unexpected == [], (name, report)
+    assert all(torch.equal(value, reference[key]) for key, value in network.state_dict().items()), name
+
 # detectron2: keys as its own script makes them
 def convert(k):
     if "layer" not in k:
@@ -136,6 +152,8 @@ assert "stem.conv1.norm.weight" in pkl["model"] and "res3.0.shortcut.norm.bias" 
 print("ok", gap)
 "#;
 
+const TRANSFER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../transfer");
+
 async fn an_export_loads(arch: &str) {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(dir.path().join("run").to_str().unwrap()).unwrap();
@@ -146,7 +164,7 @@ async fn an_export_loads(arch: &str) {
     let pulled = pull(&store, None, &target, |done, all| seen = (done, all)).await.unwrap();
     assert_eq!(pulled.manifest.from.commit, 1);
     assert!(seen.0 == seen.1 && seen.1 > 1 << 20, "{seen:?}");
-    let out = python(LOADS, &[&target, &dir.path().join("reference.safetensors"), Path::new(arch)]);
+    let out = python(LOADS, &[&target, &dir.path().join("reference.safetensors"), Path::new(arch), Path::new(TRANSFER)]);
     assert!(out.contains("ok"), "{out}");
 }
 

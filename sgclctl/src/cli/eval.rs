@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{ArgMatches, Args, Command, FromArgMatches, Subcommand, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 
+use super::detection::DetectionArgs;
 use super::segmentation::SegmentationArgs;
 
 const EXAMPLES: &str = "\
@@ -25,51 +26,6 @@ Slides are tested on that were not learnt from: those a named run held out (data
 Intervals are 95 % percentile intervals of 1,000 resamples of the test slides. Features of whole patches are kept by content, in
 --cache; the folder may be deleted at any time. The same seed gives the same figures on as many CPU threads; on GPUs trainings may
 differ in the last digits. Results are kept with each run named (eval/<weights>.json) and appear in its report.";
-
-/// `eval` alone classifies patches; its subcommands transfer to other tasks.
-#[derive(Debug)]
-pub(crate) enum EvalCommand {
-    /// Patches of a labelled set.
-    Patches(Box<EvalArgs>),
-    /// Another task.
-    Transfer(Transfer),
-}
-
-/// Tasks with data of their own.
-#[derive(Subcommand, Debug)]
-pub(crate) enum Transfer {
-    /// Semantic segmentation on images and masks laid out as BCSS
-    Segmentation(Box<SegmentationArgs>),
-}
-
-// By hand, for `eval`'s own arguments are required only where no subcommand is named.
-impl FromArgMatches for EvalCommand {
-    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        match matches.subcommand_name() {
-            Some(_) => Transfer::from_arg_matches(matches).map(Self::Transfer),
-            None => EvalArgs::from_arg_matches(matches).map(|args| Self::Patches(Box::new(args))),
-        }
-    }
-
-    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        *self = Self::from_arg_matches(matches)?;
-        Ok(())
-    }
-}
-
-impl Args for EvalCommand {
-    fn augment_args(command: Command) -> Command {
-        Transfer::augment_subcommands(EvalArgs::augment_args(command))
-            .subcommand_required(false)
-            .arg_required_else_help(false)
-            .subcommand_negates_reqs(true)
-            .args_conflicts_with_subcommands(true)
-    }
-
-    fn augment_args_for_update(command: Command) -> Command {
-        Self::augment_args(command)
-    }
-}
 
 /// What to do with the encoders.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -93,8 +49,25 @@ pub(crate) enum Recipe {
     Eva,
 }
 
+/// A task with data of its own, or else a labelled patch set.
 #[derive(Args, Debug)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct EvalCommand {
+    #[command(subcommand)]
+    pub(crate) task: Option<EvalTask>,
+    #[command(flatten)]
+    pub(crate) patches: Option<EvalArgs>,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum EvalTask {
+    /// Boxes around nuclei: Faster R-CNN on the backbone, COCO's average precision, on data in NuCLS's layout
+    Detection(Box<DetectionArgs>),
+    /// Semantic segmentation on images and masks laid out as BCSS
+    Segmentation(Box<SegmentationArgs>),
+}
+
+#[derive(Args, Debug)]
 pub(crate) struct EvalArgs {
     /// Labelled patch set
     #[arg(long, value_name = "URL")]

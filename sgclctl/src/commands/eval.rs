@@ -1,7 +1,9 @@
 //! `eval`: `sgcl-worker` evaluates encoders; this shows and keeps what it found.
 
+mod detection;
 pub(crate) mod segmentation;
 pub(crate) mod table;
+mod transfer;
 mod worker;
 
 use std::path::Path;
@@ -12,20 +14,24 @@ use serde_json::{Value, json};
 use sgcl_patchset::{PatchSet, Store};
 use sgcl_runstore::{RunName, status};
 
-use crate::cli::eval::{EvalArgs, EvalCommand, Transfer};
+use crate::cli::eval::{EvalArgs, EvalCommand, EvalTask};
 use crate::error::Failure;
 use crate::exit::Exit;
 use crate::output::Out;
 use crate::report::EvalPage;
 
-pub(crate) async fn dispatch(command: EvalCommand, out: Out) -> Result<Exit> {
-    match command {
-        EvalCommand::Patches(args) => main(*args, out).await,
-        EvalCommand::Transfer(Transfer::Segmentation(args)) => segmentation::main(*args, out).await,
+pub(crate) async fn main(command: EvalCommand, out: Out) -> Result<Exit> {
+    match (command.task, command.patches) {
+        (Some(EvalTask::Detection(args)), _) => detection::main(*args, out).await,
+        (Some(EvalTask::Segmentation(args)), _) => segmentation::main(*args, out).await,
+        (None, Some(args)) => patches(args, out).await,
+        // The parser has asked for --data and --weights.
+        (None, None) => Err(Failure::new(Exit::Usage, "nothing to evaluate").hint("`sgclctl eval --help`").into()),
     }
 }
 
-async fn main(args: EvalArgs, out: Out) -> Result<Exit> {
+/// Evaluates encoders on a labelled patch set.
+async fn patches(args: EvalArgs, out: Out) -> Result<Exit> {
     if !(args.holdout_fraction > 0.0 && args.holdout_fraction < 1.0) {
         return Err(Failure::new(
             Exit::Usage,
@@ -33,7 +39,7 @@ async fn main(args: EvalArgs, out: Out) -> Result<Exit> {
         )
         .into());
     }
-    let runs = runs_to_keep_with(&args).await?;
+    let runs = runs_to_keep_with(&args.weights, args.bucket.as_deref(), args.save_to.as_deref()).await?;
     let results = worker::results(&args, out).await?;
     for remark in results.iter().flat_map(table::remarks) {
         out.note(remark);
@@ -76,12 +82,16 @@ async fn page(args: &EvalArgs, results: &[Value], file: &Path, out: Out) -> Resu
 }
 
 /// Runs whose folders get the results: checked before the work, not after it.
-async fn runs_to_keep_with(args: &EvalArgs) -> Result<Vec<(RunName, Store)>> {
-    let named: Vec<&String> = match &args.save_to {
+async fn runs_to_keep_with(
+    weights: &[String],
+    bucket: Option<&str>,
+    save_to: Option<&str>,
+) -> Result<Vec<(RunName, Store)>> {
+    let named: Vec<&str> = match save_to {
         Some(run) => vec![run],
-        None => args.weights.iter().filter(|w| is_run(w)).collect(),
+        None => weights.iter().map(String::as_str).filter(|w| is_run(w)).collect(),
     };
-    let Some(bucket) = &args.bucket else {
+    let Some(bucket) = bucket else {
         return match named.first() {
             None => Ok(Vec::new()),
             Some(run) => {

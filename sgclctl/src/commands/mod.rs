@@ -55,7 +55,7 @@ pub(crate) async fn dispatch(cli: Cli) -> Result<Exit> {
         Command::Describe(args) => describe::main(args, out).await,
         Command::Verify(args) => verify::main(args, out).await,
         Command::Pull(args) => pull::main(args, out).await,
-        Command::Eval(command) => eval::dispatch(command, out).await,
+        Command::Eval(command) => eval::main(command, out).await,
         Command::Embed(args) => embed::main(args, out).await,
         Command::Report(args) => report::main(args, out).await,
         Command::Config(args) => config::main(args, out).await,

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use serde_json::json;
-use sgcl_phantom::{Phantom, bcss, hardness::hardness};
+use sgcl_phantom::{Phantom, bcss, hardness::hardness, nucls};
 
 use crate::cli::{PhantomArgs, PhantomLayout};
 use crate::exit::Exit;
@@ -13,14 +13,17 @@ use crate::progress;
 const PATCH_PX: u32 = 128;
 
 pub(crate) async fn main(args: PhantomArgs, out: Out) -> Result<Exit> {
+    if args.layout == PhantomLayout::Nucls {
+        return fields(args, out).await;
+    }
     let bar = progress::bar(out, args.slides, "{msg} {wide_bar:.cyan/dim} {pos}/{len} slides");
     bar.set_message("drawing");
     let mut files = Vec::new();
     for slide in 0..args.slides {
         let (folder, name) = (args.out.clone(), format!("phantom-{slide:02}"));
         let drawn = tokio::task::spawn_blocking(move || match args.layout {
-            None => Phantom::draw(args.seed, slide, args.size)?.write(&folder, &name),
-            Some(PhantomLayout::Bcss) => bcss::write(&folder, args.seed, slide, args.size),
+            PhantomLayout::Bcss => bcss::write(&folder, args.seed, slide, args.size),
+            _ => Phantom::draw(args.seed, slide, args.size)?.write(&folder, &name),
         });
         files.push(drawn.await??);
         bar.inc(1);
@@ -46,6 +49,31 @@ pub(crate) async fn main(args: PhantomArgs, out: Out) -> Result<Exit> {
             found.patches,
             percent(found.chance)
         ))?;
+    }
+    Ok(Exit::Done)
+}
+
+/// Fields in NuCLS's layout.
+async fn fields(args: PhantomArgs, out: Out) -> Result<Exit> {
+    let bar = progress::bar(out, args.slides, "{msg} {wide_bar:.cyan/dim} {pos}/{len} slides");
+    bar.set_message("drawing");
+    let mut files = Vec::new();
+    for slide in 0..args.slides {
+        let (folder, PhantomArgs { seed, size, fields, field_px, .. }) = (args.out.clone(), &args);
+        let (seed, size, fields, field_px) = (*seed, *size, *fields, *field_px);
+        let drawn =
+            tokio::task::spawn_blocking(move || nucls::write_slide(&folder, seed, slide, size, fields, field_px));
+        files.extend(drawn.await??);
+        bar.inc(1);
+    }
+    nucls::write_folds(&args.out, args.slides)?;
+    bar.finish_and_clear();
+    if out.json() {
+        out.json_line(&json!({ "fields": files }))?;
+        return Ok(Exit::Done);
+    }
+    for file in &files {
+        out.data(file.display())?;
     }
     Ok(Exit::Done)
 }

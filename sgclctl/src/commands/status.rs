@@ -80,6 +80,11 @@ fn text(status: &RunStatus, now: Timestamp) -> String {
         if status.exports.is_empty() { "none yet".to_owned() } else { format!("commit {:?}", status.exports) },
     );
     for (name, eval) in &status.evals {
+        let ap = &eval["protocols"][0]["ap"];
+        if ap.is_object() {
+            row("probe", format!("{name}: AP {}", super::eval::table::figure(ap)));
+            continue;
+        }
         let share = |value: &serde_json::Value| value.as_f64().map_or_else(|| "–".to_owned(), percent);
         row("probe", format!("{name}: kNN-20 {}, linear {}", share(&eval["knn"]["20"]), share(&eval["linear"])));
     }

@@ -139,7 +139,12 @@ impl Facts {
     pub(crate) fn evals(&self) -> Vec<(&str, &Value)> {
         let evals: &BTreeMap<String, Value> = &self.status.evals;
         let mut rows: Vec<(&str, &Value)> =
-            evals.iter().map(|(name, value)| (value["weights"].as_str().unwrap_or(name), value)).collect();
+            // Detection has figures of another kind, which `status` tells.
+            evals
+                .iter()
+                .filter(|(_, value)| !value["protocols"][0]["ap"].is_object())
+                .map(|(name, value)| (value["weights"].as_str().unwrap_or(name), value))
+                .collect();
         rows.sort_by_key(|(name, _)| *name == "random");
         rows
     }

@@ -97,6 +97,6 @@ impl Child {
             Some(words) => words.await.unwrap_or_default(),
             None => Vec::new(),
         };
-        Err(worker::failure(ended.code(), &words).into())
+        Err(worker::failure("sgcl-worker", ended.code(), &words).into())
     }
 }

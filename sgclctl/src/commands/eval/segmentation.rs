@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokio::process::Command;
 
 use super::table::{figure, remarks};
-use super::worker::{names, run};
+use super::worker::{follow, names};
 use crate::cli::segmentation::SegmentationArgs;
 use crate::exit::Exit;
 use crate::output::{Out, count, percent};
@@ -22,7 +22,7 @@ pub(crate) async fn main(args: SegmentationArgs, out: Out) -> Result<Exit> {
         _ => None,
     };
     let save = args.save.as_deref().or(temporary.as_ref().map(tempfile::TempDir::path));
-    let mut results = run(command(&args, save)?, out).await?;
+    let mut results = follow(command(&args, save)?, "sgcl-worker", out).await?;
     for remark in results.iter().flat_map(remarks) {
         out.note(remark);
     }

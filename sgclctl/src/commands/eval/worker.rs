@@ -33,13 +33,13 @@ pub(super) async fn results(args: &EvalArgs, out: Out) -> Result<Vec<Value>> {
         command.arg("--cache").arg(cache);
     }
     command.arg("--weights").args(&args.weights);
-    run(command, out).await
+    follow(command, "sgcl-worker", out).await
 }
 
-/// Runs a worker that prints progress and results as JSON lines, and returns the results.
-pub(super) async fn run(mut command: Command, out: Out) -> Result<Vec<Value>> {
+/// Runs a program that prints progress and results as JSON lines, to its end; `program` is what messages call it.
+pub(super) async fn follow(mut command: Command, program: &str, out: Out) -> Result<Vec<Value>> {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-    let mut child = command.spawn().context("cannot start sgcl-worker")?;
+    let mut child = command.spawn().with_context(|| format!("cannot start {program}"))?;
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let words = stderr.map(|stderr| tokio::spawn(worker::last_words(out, stderr)));
 
@@ -49,7 +49,7 @@ pub(super) async fn run(mut command: Command, out: Out) -> Result<Vec<Value>> {
         let mut lines = BufReader::new(stdout).lines();
         while let Some(line) = lines.next_line().await? {
             let mut message: Value = serde_json::from_str(&line)
-                .with_context(|| format!("sgcl-worker printed what is not JSON: {line:?}"))?;
+                .with_context(|| format!("{program} printed what is not JSON: {line:?}"))?;
             if let Some(progress) = message.get("progress") {
                 bar.set_length(progress["total"].as_u64().unwrap_or(0));
                 bar.set_position(progress["done"].as_u64().unwrap_or(0));
@@ -67,7 +67,7 @@ pub(super) async fn run(mut command: Command, out: Out) -> Result<Vec<Value>> {
             Some(words) => words.await.unwrap_or_default(),
             None => Vec::new(),
         };
-        return Err(worker::failure(ended.code(), &words).into());
+        return Err(worker::failure(program, ended.code(), &words).into());
     }
     Ok(results)
 }

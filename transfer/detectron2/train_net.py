@@ -42,7 +42,7 @@ class Res5ROIHeadsExtraNorm(Res5ROIHeads):
 
 
 def records(data, fold, part):
-    """NuCLS's fields as detectron2 wants them; nuclei that are ignored are crowds, which it neither trains nor tests on."""
+    """NuCLS's fields as detectron2 wants them. Ignored nuclei are crowds: they do not count when testing; in training they are ground."""
     learnt, tested, _ = nucls.split(data, nucls.read(data), fold, 0.3, 0)
     for number, field in enumerate(learnt if part == "train" else tested, 1):
         nuclei = [
@@ -51,8 +51,8 @@ def records(data, fold, part):
             if label > 0
         ]
         for box in field.boxes[field.labels == 0].tolist():
-            crowds = range(len(nucls.CLASSES)) if part == "test" else [0]
-            nuclei += [{"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": of, "iscrowd": 1} for of in crowds]
+            crowd = {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "iscrowd": 1}
+            nuclei += [{**crowd, "category_id": of} for of in range(len(nucls.CLASSES))]
         yield {
             "file_name": str(field.picture),
             "image_id": number,
@@ -65,8 +65,9 @@ def records(data, fold, part):
 class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, name, output_folder=None):
-        most = [1, 100, cfg.TEST.DETECTIONS_PER_IMAGE]
-        return COCOEvaluator(name, output_dir=output_folder or f"{cfg.OUTPUT_DIR}/inference", max_dets_per_image=most)
+        folder = output_folder or f"{cfg.OUTPUT_DIR}/inference"
+        # As many as the detector keeps: COCO's 100 would cut dense fields off.
+        return COCOEvaluator(name, output_dir=folder, max_dets_per_image=cfg.TEST.DETECTIONS_PER_IMAGE)
 
 
 def main(args):

@@ -3,9 +3,9 @@
 #
 #   python tools/train.py fcn_r50-d8_bcss.py --cfg-options model.backbone.init_cfg.checkpoint=weights/backbone.pth data_root=BCSS
 #
-# data_root holds images/{train,val} and masks/{train,val}. A mask's values are the published map's: 0 is left out of loss and figures.
-classes = ('tumor', 'stroma', 'inflammatory', 'necrosis')
-palette = [[255, 0, 0], [0, 200, 0], [0, 0, 255], [255, 200, 0]]
+# data_root holds images/{train,val} and masks/{train,val}; masks have the five classes below, and 255 for what is outside a region (see ../README.md).
+classes = ('other', 'tumor', 'stroma', 'inflammatory', 'necrosis')
+palette = [[255, 255, 255], [255, 0, 0], [0, 200, 0], [0, 0, 255], [255, 200, 0]]
 tile = (512, 512)
 norm = dict(type='SyncBN', requires_grad=True)
 data_root = 'data/BCSS'
@@ -41,21 +41,21 @@ model = dict(
         num_convs=2,
         concat_input=False,
         dropout_ratio=0.1,
-        num_classes=4,
+        num_classes=5,
         norm_cfg=norm,
         align_corners=False,
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'))
 
-# `reduce_zero_label` turns 1-4 into 0-3 and 0 into 255, which is ignored.
 data = dict(
     type='BaseSegDataset',
     metainfo=dict(classes=classes, palette=palette),
     data_root=data_root,
     img_suffix='.png',
     seg_map_suffix='.png',
-    reduce_zero_label=True)
+    ignore_index=255,
+    reduce_zero_label=False)
 train_dataloader = dict(
     batch_size=8,
     num_workers=4,
@@ -66,7 +66,7 @@ train_dataloader = dict(
         data_prefix=dict(img_path='images/train', seg_map_path='masks/train'),
         pipeline=[
             dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations', reduce_zero_label=True),
+            dict(type='LoadAnnotations'),
             dict(type='RandomFlip', prob=0.5, direction='horizontal'),
             dict(type='RandomFlip', prob=0.5, direction='vertical'),
             dict(type='PackSegInputs'),
@@ -81,7 +81,7 @@ val_dataloader = dict(
         data_prefix=dict(img_path='images/val', seg_map_path='masks/val'),
         pipeline=[
             dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations', reduce_zero_label=True),
+            dict(type='LoadAnnotations'),
             dict(type='PackSegInputs'),
         ]))
 test_dataloader = val_dataloader

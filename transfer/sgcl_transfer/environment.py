@@ -117,7 +117,7 @@ def run(command, code, remedy):
 
 
 def say(text):
-    print(f"WARN transfer: {text}", file=sys.stderr, flush=True)
+    print(f"setup: {text}", file=sys.stderr, flush=True)
 
 
 def fail(text, code):

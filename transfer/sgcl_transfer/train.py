@@ -106,13 +106,12 @@ def view(field, settings, draws):
     learnt = there & (field.labels > 0) & (share >= VISIBLE)
     scaled = torch.from_numpy(boxes.astype(np.float32)) * settings.scale
     target = {"boxes": scaled[learnt], "labels": torch.from_numpy(field.labels[learnt]), "ignore": scaled[there & ~learnt]}
-    to = device()
-    return enlarged(pixels, settings.scale).to(to), {name: value.to(to) for name, value in target.items()}
+    return enlarged(pixels, settings.scale), {name: value.to(device()) for name, value in target.items()}
 
 
 def enlarged(pixels, scale):
-    """(3, H, W) in 0..1, `scale` times as large."""
-    picture = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float().div(255)
+    """(3, H, W) in 0..1, `scale` times as large, on the device."""
+    picture = torch.from_numpy(np.array(pixels)).to(device()).permute(2, 0, 1).float().div(255)
     if scale == 1:
         return picture
     high, wide = (max(round(side * scale), 1) for side in picture.shape[1:])
@@ -128,7 +127,7 @@ def look(model, fields, settings, tick):
     """Detections in each field: boxes (N, 4) in its own pixels, labels (N,), scores (N,), the surest first."""
     found = []
     for field in fields:
-        (one,) = model([enlarged(field.pixels(), settings.scale).to(device())])
+        (one,) = model([enlarged(field.pixels(), settings.scale)])
         boxes, labels, scores = (one[name].cpu().numpy() for name in ("boxes", "labels", "scores"))
         found.append((boxes / settings.scale, labels, scores))
         tick()

@@ -164,7 +164,8 @@ async fn an_export_loads(arch: &str) {
     let pulled = pull(&store, None, &target, |done, all| seen = (done, all)).await.unwrap();
     assert_eq!(pulled.manifest.from.commit, 1);
     assert!(seen.0 == seen.1 && seen.1 > 1 << 20, "{seen:?}");
-    let out = python(LOADS, &[&target, &dir.path().join("reference.safetensors"), Path::new(arch), Path::new(TRANSFER)]);
+    let out =
+        python(LOADS, &[&target, &dir.path().join("reference.safetensors"), Path::new(arch), Path::new(TRANSFER)]);
     assert!(out.contains("ok"), "{out}");
 }
 

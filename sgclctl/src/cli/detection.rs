@@ -46,10 +46,10 @@ pub(crate) struct DetectionArgs {
     #[arg(long, value_parser = ["resnet18", "resnet34", "resnet50"])]
     pub(crate) arch: Option<String>,
     /// Published fold
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=10_000))]
     pub(crate) fold: u32,
     /// Share of slides to test on, where no folds are published
-    #[arg(long, default_value_t = 0.3, value_name = "SHARE")]
+    #[arg(long, default_value_t = 0.3, value_name = "SHARE", value_parser = |text: &str| number(text, 0.01, 0.99))]
     pub(crate) holdout_fraction: f64,
     /// Score other_nucleus as a class
     #[arg(long)]
@@ -67,13 +67,13 @@ pub(crate) struct DetectionArgs {
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1024), value_name = "N")]
     pub(crate) batch: u64,
     /// Learning rate; a tenth of it from 3/4, a hundredth from 11/12 of the steps
-    #[arg(long, default_value_t = 0.005, value_name = "RATE")]
+    #[arg(long, default_value_t = 0.005, value_name = "RATE", value_parser = |text: &str| number(text, 1e-8, 10.0))]
     pub(crate) lr: f64,
     /// Side of a crop, pixels of a field
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(32..=4096), value_name = "PX")]
     pub(crate) crop: u64,
     /// Times that pictures are enlarged: a cell of the backbone has 16 pixels
-    #[arg(long, default_value_t = 4.0, value_name = "TIMES")]
+    #[arg(long, default_value_t = 4.0, value_name = "TIMES", value_parser = |text: &str| number(text, 0.25, 16.0))]
     pub(crate) scale: f64,
     /// Regions of a crop that are learnt from
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u64).range(8..=4096), value_name = "N")]
@@ -84,4 +84,12 @@ pub(crate) struct DetectionArgs {
     /// Resamples of the test slides, for intervals
     #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(0..=100_000), value_name = "N")]
     pub(crate) resamples: u64,
+}
+
+/// A number within bounds, those included.
+fn number(text: &str, low: f64, high: f64) -> Result<f64, String> {
+    match text.parse() {
+        Ok(value) if (low..=high).contains(&value) => Ok(value),
+        _ => Err(format!("a number from {low} to {high}")),
+    }
 }

@@ -82,8 +82,7 @@ pub fn write_slide(
         let pixels: Vec<u8> =
             tile.haematoxylin.iter().zip(&tile.eosin).flat_map(|(&h, &e)| stain.colour(h, e)).collect();
         let table = folder.join("csv").join(format!("{name}.csv"));
-        let nuclei: Vec<Nucleus> = tile.nuclei;
-        fs::write(&table, csv(&nuclei, left, top, px)).map_err(io(&table))?;
+        fs::write(&table, csv(&tile.nuclei, left, top, px)).map_err(io(&table))?;
         let picture = folder.join("rgb").join(format!("{name}.png"));
         image::save_buffer(&picture, &pixels, px, px, image::ColorType::Rgb8)
             .map_err(|source| PhantomError::Labels { file: picture.display().to_string(), source })?;
@@ -97,10 +96,13 @@ pub fn write_slide(
 /// # Errors
 /// Files that cannot be written.
 pub fn write_folds(folder: &Path, slides: u64) -> Result<(), PhantomError> {
+    if slides < 2 {
+        return Ok(());
+    }
     let folder = folder.join("train_test_splits");
     make(&folder)?;
     let folds = FOLDS.min(slides);
-    for fold in 0..if folds > 1 { folds } else { 0 } {
+    for fold in 0..folds {
         for part in ["train", "test"] {
             let mut text = ",slide_name,hospital,type,fold\n".to_owned();
             let of = (0..slides).filter(|slide| (slide % folds == fold) == (part == "test"));

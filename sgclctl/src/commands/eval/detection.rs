@@ -108,7 +108,8 @@ fn comparison(results: &[Value]) -> String {
         ]);
     }
     let mut text = layout::text(&["weights", "architecture", "AP", "AP50", "AP75"], rows);
-    let classes: Vec<String> = results.first().map(|result| list(&result["classes"]).map(word).collect()).unwrap_or_default();
+    let classes: Vec<String> =
+        results.first().map(|result| list(&result["classes"]).map(word).collect()).unwrap_or_default();
     for result in results {
         let each = list(&result["protocols"][0]["by_class"]).zip(&classes);
         let each: Vec<String> = each.map(|(found, class)| format!("{class} {}", figure(found))).collect();

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use anyhow::{Context, Result};
-use tokio::process::Command;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{ChildStderr, Command};
 
 use crate::error::Failure;
 use crate::exit::Exit;
@@ -67,7 +68,7 @@ async fn environment(cache: &Path, package: &Path, out: Out) -> Result<PathBuf> 
         Failure::new(Exit::Config, format!("cannot start {}: {error}", starter.display()))
             .hint("install Python 3.10 or newer, or let SGCL_TRANSFER_PYTHON name one with torch, torchvision and pycocotools")
     })?;
-    let words = child.stderr.take().map(|stderr| tokio::spawn(worker::last_words(out, stderr)));
+    let words = child.stderr.take().map(|stderr| tokio::spawn(words(out, stderr)));
     let spinner = progress::spinner(out, "the environment for transfer evaluations".to_owned());
     let answer = child.wait_with_output().await?;
     spinner.finish_and_clear();
@@ -80,6 +81,19 @@ async fn environment(cache: &Path, package: &Path, out: Out) -> Result<PathBuf> 
     }
     let told = String::from_utf8(answer.stdout).context("environment.py named no interpreter")?;
     Ok(PathBuf::from(told.trim()))
+}
+
+/// Passes on what the set-up says it does, and returns all it printed.
+async fn words(out: Out, stderr: ChildStderr) -> Vec<String> {
+    let mut kept = Vec::new();
+    let mut lines = BufReader::new(stderr).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        if let Some(text) = line.strip_prefix("setup: ") {
+            out.note(text);
+        }
+        kept.push(line);
+    }
+    kept
 }
 
 /// Writes the package to a folder named by its content; returns the folder.

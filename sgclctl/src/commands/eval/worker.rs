@@ -48,8 +48,8 @@ pub(super) async fn follow(mut command: Command, program: &str, out: Out) -> Res
     if let Some(stdout) = stdout {
         let mut lines = BufReader::new(stdout).lines();
         while let Some(line) = lines.next_line().await? {
-            let mut message: Value = serde_json::from_str(&line)
-                .with_context(|| format!("{program} printed what is not JSON: {line:?}"))?;
+            let mut message: Value =
+                serde_json::from_str(&line).with_context(|| format!("{program} printed what is not JSON: {line:?}"))?;
             if let Some(progress) = message.get("progress") {
                 bar.set_length(progress["total"].as_u64().unwrap_or(0));
                 bar.set_position(progress["done"].as_u64().unwrap_or(0));

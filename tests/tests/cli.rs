@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::process::Command;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use sgcl_tests::{Programs, S3Server, SmallDisk};
 
 /// A configuration that trains in seconds on some dozen patches of 64 px.
@@ -79,9 +79,28 @@ fn slides_become_weights_through_an_s3_server_alone() {
     ]);
     let scores: Value = serde_json::from_str(&scores.unwrap().success().stdout).unwrap();
     assert!(scores.to_string().contains("knn"), "{scores}");
+    detects(&programs, bucket, &text(&folder.path().join("fields")));
 
     let again = programs.call(&train(data, bucket, "first")).unwrap();
     assert_eq!(again.code, Some(73), "{}", again.stderr);
+}
+
+/// The run's weights find their way into a detector, and its figures into the bucket.
+fn detects(programs: &Programs, bucket: &str, fields: &str) {
+    let drawn = ["phantom", "--layout", "nucls", "--out", fields, "--slides", "2", "--size", "1024"];
+    let _ = programs.call(&[&drawn[..], &["--fields", "2", "--field-px", "64", "--seed", "5"]].concat()).unwrap().success();
+    let what = ["eval", "detection", "--data", fields, "--bucket", bucket, "--weights", "first", "--output", "json"];
+    let little = ["--trials", "1", "--iterations", "2", "--batch", "1", "--crop", "48", "--scale", "1.5"];
+    let less = ["--regions", "8", "--proposals", "8", "--resamples", "0"];
+    let found = programs.call(&[&what[..], &little, &less].concat()).unwrap().success();
+    let found: Value = serde_json::from_str(&found.stdout).unwrap();
+    assert_eq!(found["weights"], "first");
+    assert_eq!((&found["keys"]["missing"], &found["keys"]["unexpected"]), (&json!([]), &json!([])));
+    let status = programs.call(&["status", "first", "--bucket", bucket, "--output", "json"]).unwrap().success();
+    let status: Value = serde_json::from_str(&status.stdout).unwrap();
+    assert_eq!(status["evals"]["first-detection"]["protocols"], found["protocols"], "{status}");
+    let words = programs.call(&["status", "first", "--bucket", bucket, "--output", "human"]).unwrap().success().stdout;
+    assert!(words.contains("first-detection: AP "), "{words}");
 }
 
 /// A run of many epochs that trains in the background until it is told otherwise.

@@ -17,7 +17,7 @@ count neither for nor against (--with-other scores the latter).
 
 The detector is Faster R-CNN (C4) with BatchNorm behind its fifth stage, nothing frozen, as in MoCo's protocol; pictures are enlarged 4 times,
 crops, anchors and steps are NuCLS's. AP, AP50 and AP75 are COCO's, by pycocotools, over 300 detections a field. Intervals are 95 %
-percentile intervals of resamples of the test slides. With the settings as they are this is work for a GPU: hours a trial.
+percentile intervals of resamples of the test slides. The settings as they are want a GPU, which is used where there is one.
 
 It runs in Python (torch, torchvision, pycocotools), in an environment of its own that is made on first use, in the cache folder
 ($SGCL_CACHE, $XDG_CACHE_HOME/sgcl or ~/.cache/sgcl). Where SGCL_PYTHON names a Python with the same torch, that torch is used;

@@ -88,7 +88,8 @@ fn slides_become_weights_through_an_s3_server_alone() {
 /// The run's weights find their way into a detector, and its figures into the bucket.
 fn detects(programs: &Programs, bucket: &str, fields: &str) {
     let drawn = ["phantom", "--layout", "nucls", "--out", fields, "--slides", "2", "--size", "1024"];
-    let _ = programs.call(&[&drawn[..], &["--fields", "2", "--field-px", "64", "--seed", "5"]].concat()).unwrap().success();
+    let _ =
+        programs.call(&[&drawn[..], &["--fields", "2", "--field-px", "64", "--seed", "5"]].concat()).unwrap().success();
     let what = ["eval", "detection", "--data", fields, "--bucket", bucket, "--weights", "first", "--output", "json"];
     let little = ["--trials", "1", "--iterations", "2", "--batch", "1", "--crop", "48", "--scale", "1.5"];
     let less = ["--regions", "8", "--proposals", "8", "--resamples", "0"];

@@ -9,6 +9,9 @@ use serde_json::Value;
 use sgcl_tests::{Programs, Run};
 use tempfile::TempDir;
 
+/// Tests run side by side: threads of torch's that wait for each other would slow all of them down.
+const THREADS: [(&str, &str); 1] = [("OMP_NUM_THREADS", "1")];
+
 const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../transfer");
 
 /// Fields of three slides, drawn once for all tests.
@@ -59,6 +62,7 @@ fn python(arguments: &[&str]) -> Run {
         .env_remove("LD_LIBRARY_PATH")
         .env("PYTHONPATH", SOURCE)
         .env("PYTHONDONTWRITEBYTECODE", "1")
+        .envs(THREADS)
         .output()
         .unwrap();
     Run {
@@ -76,7 +80,7 @@ fn detect(more: &[&str]) -> Run {
     let programs = Programs::find().unwrap();
     let mut command = programs.sgclctl(&[&data[..], &small, &few, more].concat());
     // No interpreter is named: it is found, or made, as for any user.
-    let output = command.env_remove("LD_LIBRARY_PATH").output().unwrap();
+    let output = command.env_remove("LD_LIBRARY_PATH").envs(THREADS).output().unwrap();
     Run {
         code: output.status.code(),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),

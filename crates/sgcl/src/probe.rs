@@ -59,6 +59,12 @@ pub enum ProbeError {
     Invalid(String),
 }
 
+impl From<crate::optim::OptimError> for ProbeError {
+    fn from(error: crate::optim::OptimError) -> Self {
+        Self::Invalid(error.to_string())
+    }
+}
+
 /// Checks columns and drops unlabelled rows from both halves.
 fn labelled(features: &tch::Tensor, labels: &[i64], classes: usize, split: &Split) -> Result<Split, ProbeError> {
     let size = features.size();

@@ -119,7 +119,7 @@ pub fn train<E: From<ProbeError>>(
             let loss = logits(inputs(Pass::Train { epoch }, &batch)?, true).cross_entropy_for_logits(&target);
             sgd.zero_grad();
             loss.backward();
-            sgd.step(recipe.lr_at(epoch)).map_err(|error| ProbeError::Invalid(error.to_string()))?;
+            sgd.step(recipe.lr_at(epoch)).map_err(ProbeError::from)?;
         }
         told(epoch + 1);
     }

@@ -166,7 +166,7 @@ pub fn train<E: From<ProbeError>>(
         }
         sgd.zero_grad();
         loss.backward();
-        sgd.step(recipe.lr_at(step));
+        sgd.step(recipe.lr_at(step)).map_err(ProbeError::from)?;
         told(step + 1);
     }
     Ok(())

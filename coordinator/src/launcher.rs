@@ -12,6 +12,7 @@ use tokio::process::Command;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument as _;
 
 /// What was started for a slot has ended.
 #[derive(Clone, Copy, Debug)]
@@ -90,7 +91,7 @@ impl Errands {
             let result: anyhow::Result<()> = run.await;
             result.err().unwrap_or_else(|| anyhow::anyhow!("nobody sends errands any more"))
         };
-        Self { queue, runner: AbortOnDropHandle::new(tokio::spawn(run)) }
+        Self { queue, runner: AbortOnDropHandle::new(tokio::spawn(run.in_current_span())) }
     }
 
     pub(crate) fn launch(&self, slot: u32, attempt: u32) {
@@ -163,6 +164,7 @@ impl Launcher for ProcessLauncher {
             .args(["--slot", &slot.to_string(), "--ranks", &self.ranks_per_node.to_string()])
             .args(["--address", "127.0.0.1", "--die-with-parent", "--threads", &self.threads.to_string()])
             .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .envs(sgcl_telemetry::current().map(|here| (sgcl_telemetry::VARIABLE, here.to_string())))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

@@ -11,9 +11,10 @@ use kube::{Api, Client};
 use sgcl_coordinator::kube::controller::{Leader, Runs};
 use sgcl_coordinator::kube::{GRPC_PORT, NAMESPACE, lease, resource};
 use sgcl_coordinator::trust::Refusals;
+use sgcl_telemetry::Program;
 use tokio::net::TcpListener;
+use tokio::runtime::Handle;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
 
 /// Coordinates the runs of a namespace: makes nodes of SgclRun objects, and sees them through.
 #[derive(Parser, Debug)]
@@ -43,8 +44,8 @@ enum Command {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let filter = EnvFilter::try_from_env("SGCL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().json().flatten_event(true).with_env_filter(filter).with_writer(std::io::stderr).init();
+    let program = Program { name: "sgcl-coordinator", version: env!("CARGO_PKG_VERSION"), level: "info", json: true };
+    let _telemetry = sgcl_telemetry::init(program, &Handle::current(), std::io::stderr);
     match run(Arguments::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

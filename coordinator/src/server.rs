@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
+use tracing::{Instrument as _, info_span};
 
 use crate::commits::{assemble, follow, is_stale, newest};
 use crate::launcher::{Ended, Errands, Launcher};
@@ -82,7 +83,8 @@ impl<L: Launcher> Coordinator<L> {
         self.run = self.run.patient();
         let (inputs, received) = mpsc::channel(1024);
         let _plug = board.plug(self.spec.run.as_str(), inputs.clone());
-        self.own(url, inputs, received).await
+        let span = info_span!("coordinate", run = %self.spec.run);
+        self.own(url, inputs, received).instrument(span).await
     }
 
     async fn own(
@@ -97,7 +99,7 @@ impl<L: Launcher> Coordinator<L> {
             anyhow::Ok((lease, seen, newest(&self.run).await?, Phase::read(&self.run).await?))
         };
         let (lease, seen, commit, phase) = tokio::select! {
-            found = found => found?,
+            found = found.instrument(info_span!("lease")) => found?,
             () = self.kill.cancelled() => {
                 return Ok(Outcome::Suspended { reason: "stopped before the storage answered".to_owned() });
             }
@@ -134,6 +136,7 @@ impl<L: Launcher> Coordinator<L> {
             nodes: BTreeMap::new(),
             ranks: BTreeMap::new(),
             parts: BTreeMap::new(),
+            forming: None,
             writing: false,
             to_write: VecDeque::new(),
             asking: Vec::new(),
@@ -194,6 +197,11 @@ impl<L: Launcher> Coordinator<L> {
     }
 }
 
+/// A number as spans take it.
+fn count(number: impl Into<u64>) -> sgcl_telemetry::Value {
+    i64::try_from(number.into()).unwrap_or(i64::MAX).into()
+}
+
 /// Who this is, for people: host and process.
 fn holder() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
@@ -210,6 +218,8 @@ struct Desk<'a, L> {
     ranks: BTreeMap<Place, mpsc::UnboundedSender<Result<RankOrder, Status>>>,
     /// Parts of checkpoints under way, by generation and step.
     parts: BTreeMap<(u64, u64), BTreeMap<Place, v1::PartsWritten>>,
+    /// Generation whose ranks find each other, and since when.
+    forming: Option<(u64, Instant)>,
     /// A commit is being written: what is newest is not known before it ends.
     writing: bool,
     /// Commits that wait for that.
@@ -399,6 +409,9 @@ impl<L: Launcher> Desk<'_, L> {
                 Effect::Assign { place, generation, rank, nodes } => {
                     // What an earlier generation had begun to write comes to nothing.
                     self.parts.retain(|&(of, _), _| of == generation);
+                    if self.forming.is_none_or(|(of, _)| of != generation) {
+                        self.forming = Some((generation, Instant::now()));
+                    }
                     self.tell(&place, rank_order::Order::Assignment(v1::Assignment { generation, rank, nodes }));
                 }
                 Effect::Rendezvous { place, host, port } => {
@@ -420,6 +433,10 @@ impl<L: Launcher> Desk<'_, L> {
                         view.generation = generation;
                         view.ranks = world;
                     });
+                    if let Some((_, since)) = self.forming.take() {
+                        let told = [("generation", count(generation)), ("world", count(world))];
+                        sgcl_telemetry::elapsed("rendezvous", since.elapsed(), &told);
+                    }
                     self.recorder.record(EventKind::Started { world, from_commit });
                 }
                 Effect::Found { generation, world } => {
@@ -450,12 +467,21 @@ impl<L: Launcher> Desk<'_, L> {
 
     fn regrouped(&self, change: Change) {
         tracing::warn!(
+            run = %self.owner.spec.run,
+            generation = self.machine.generation(),
             world = change.world,
             seconds = change.took.as_secs_f64(),
             steps_lost = change.steps_lost,
             "training goes on: {}",
             change.reason
         );
+        let told = [
+            ("reason", change.reason.clone().into()),
+            ("failure", change.failure.into()),
+            ("world", count(change.world)),
+            ("steps_lost", count(change.steps_lost)),
+        ];
+        sgcl_telemetry::elapsed("regroup", change.took, &told);
         self.owner.view.send_modify(|view| {
             view.restarts += u32::from(change.failure);
             view.message = Some(change.reason.clone());
@@ -501,7 +527,8 @@ impl<L: Launcher> Desk<'_, L> {
         let keep = self.owner.spec.config.checkpoint.clone();
         let inputs = self.inputs.clone();
         self.writing = true;
-        tokio::spawn(async move {
+        let span = info_span!("commit", generation, step);
+        let work = async move {
             let result = async {
                 let progress = assemble(written)?;
                 let commits = Commits::new(&run);
@@ -514,6 +541,7 @@ impl<L: Launcher> Desk<'_, L> {
             .await;
             // The receiver is gone when the run has ended: nobody is left to tell.
             let _ = inputs.send(Input::Committed { generation, step, result }).await;
-        });
+        };
+        tokio::spawn(work.instrument(span));
     }
 }

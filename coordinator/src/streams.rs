@@ -16,7 +16,9 @@ use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
 use tonic::transport::server::Connected;
+use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::{Instrument as _, Span, info_span};
 
 use crate::machine::{Event, Place};
 use crate::switchboard::Switchboard;
@@ -111,6 +113,16 @@ fn hello<T>(first: Option<T>, run: impl Fn(&T) -> Option<&str>) -> Result<(T, St
     Ok((first, run))
 }
 
+/// A stream, as part of the trace that its other end names.
+fn span(rpc: &'static str, metadata: &MetadataMap, run: &str, node: &str) -> Span {
+    let span = info_span!("stream", otel.name = rpc, otel.kind = "server", rpc.system = "grpc", run, node);
+    let named = metadata.get(sgcl_telemetry::HEADER).and_then(|value| value.to_str().ok());
+    if let Some(parent) = named.and_then(|text| text.parse().ok()) {
+        sgcl_telemetry::follow(&span, &parent);
+    }
+    span
+}
+
 #[tonic::async_trait]
 impl Service for Streams {
     type JoinStream = UnboundedReceiverStream<Result<NodeOrder, Status>>;
@@ -130,7 +142,8 @@ impl Service for Streams {
         let (orders, out) = mpsc::unbounded_channel();
         let number = self.lines.fetch_add(1, Ordering::Relaxed);
         let line = Line { number, orders };
-        tokio::spawn(async move {
+        let span = span("sgcl.v1.Coordinator/Join", &metadata, &run, &node);
+        let work = async move {
             let ranks = ranks.into_iter().map(|rank| (rank.local_rank, rank.attempt)).collect();
             let joined = Event::NodeJoined { node: node.clone(), slot, address, ranks };
             let mut known = Self::send(&inputs, Input::Node(node.clone(), line)).await
@@ -151,7 +164,8 @@ impl Service for Streams {
                 known = Self::send(&inputs, Input::Event(event)).await;
             }
             Self::send(&inputs, Input::NodeGone(node, number)).await;
-        });
+        };
+        tokio::spawn(work.instrument(span));
         Ok(Response::new(UnboundedReceiverStream::new(out)))
     }
 
@@ -168,7 +182,8 @@ impl Service for Streams {
         self.door.admit(&metadata, &run, &node).await?;
         let inputs = self.board.find(&run)?;
         let (orders, out) = mpsc::unbounded_channel();
-        tokio::spawn(async move {
+        let span = span("sgcl.v1.Coordinator/Rank", &metadata, &run, &node);
+        let work = async move {
             let place = (node, local_rank);
             if !Self::send(&inputs, Input::Rank(place.clone(), orders)).await {
                 return;
@@ -218,7 +233,8 @@ impl Service for Streams {
                     break;
                 }
             }
-        });
+        };
+        tokio::spawn(work.instrument(span));
         Ok(Response::new(UnboundedReceiverStream::new(out)))
     }
 }

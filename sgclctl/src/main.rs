@@ -14,20 +14,23 @@ use std::io;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use tracing_subscriber::EnvFilter;
+use sgcl_telemetry::Program;
+use tracing::Instrument as _;
 
 use crate::exit::Exit;
 use crate::output::warn;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
-    let filter = EnvFilter::try_from_env("SGCL_LOG").unwrap_or_else(|_| EnvFilter::new("error"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| LogLine).with_ansi(false).without_time().init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(e) => return show(&anyhow::Error::from(e).context("cannot start the runtime")),
     };
-    match runtime.block_on(commands::dispatch(cli)) {
+    let program = Program { name: "sgclctl", version: env!("CARGO_PKG_VERSION"), level: "error", json: false };
+    let _telemetry = sgcl_telemetry::init(program, runtime.handle(), || LogLine);
+    let span = commands::span(&cli.command);
+    sgcl_telemetry::begin(&span);
+    match runtime.block_on(commands::dispatch(cli).instrument(span)) {
         Ok(exit) => exit.into(),
         Err(e) => show(&e),
     }

@@ -58,11 +58,12 @@ pub(crate) async fn last_words(out: Out, stderr: ChildStderr) -> Vec<String> {
     let mut kept = VecDeque::with_capacity(LAST_LINES);
     let mut lines = BufReader::new(stderr).lines();
     while let Ok(Some(line)) = lines.next_line().await {
+        tracing::info!(target: "worker", "{line}");
+        let line = sgcl_telemetry::plain(&line).into_owned();
         if let Some(words) = line.trim_start().strip_prefix("WARN ") {
             let words = words.split_once(": ").map_or(words, |(_, words)| words);
             out.note(format!("warning: {words}"));
         }
-        tracing::info!(target: "worker", "{line}");
         if kept.len() == LAST_LINES {
             kept.pop_front();
         }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use sgcl_proto::v1::coordinator_client::CoordinatorClient;
 use sgcl_proto::{CERTIFICATE_VARIABLE, MAX_MESSAGE_BYTES, TOKEN_VARIABLE};
-use tonic::metadata::MetadataValue;
+use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
@@ -25,11 +25,11 @@ pub(crate) const GIVE_UP: Duration = Duration::from_secs(600);
 /// A connection that is made at the first call and notices when the other side falls silent.
 pub(crate) struct Dial {
     channel: Channel,
-    token: Token,
+    caller: Caller,
 }
 
 impl Dial {
-    /// To the coordinator at a URL. Certificate and token are looked for in the environment.
+    /// To the coordinator at a URL, as part of the span under way. Certificate and token are looked for in the environment.
     ///
     /// # Errors
     /// Not a URL; https without the certificate that it is trusted by.
@@ -52,24 +52,27 @@ impl Dial {
             .keep_alive_timeout(HEARTBEAT)
             .keep_alive_while_idle(true)
             .connect_lazy();
-        Ok(Self { channel, token: Token { file: std::env::var_os(TOKEN_VARIABLE).map(PathBuf::from) } })
+        let file = std::env::var_os(TOKEN_VARIABLE).map(PathBuf::from);
+        let trace = sgcl_telemetry::current().and_then(|here| here.to_string().parse().ok());
+        Ok(Self { channel, caller: Caller { file, trace } })
     }
 
     /// For one stream.
-    pub(crate) fn client(&self) -> CoordinatorClient<InterceptedService<Channel, Token>> {
-        CoordinatorClient::with_interceptor(self.channel.clone(), self.token.clone())
+    pub(crate) fn client(&self) -> CoordinatorClient<InterceptedService<Channel, Caller>> {
+        CoordinatorClient::with_interceptor(self.channel.clone(), self.caller.clone())
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
             .max_encoding_message_size(MAX_MESSAGE_BYTES)
     }
 }
 
-/// Sends the token along, read anew for each stream: the kubelet replaces it.
+/// Says who calls. The token is read anew for each stream: the kubelet replaces it.
 #[derive(Clone)]
-pub(crate) struct Token {
+pub(crate) struct Caller {
     file: Option<PathBuf>,
+    trace: Option<MetadataValue<Ascii>>,
 }
 
-impl Interceptor for Token {
+impl Interceptor for Caller {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         if let Some(file) = &self.file {
             let token = std::fs::read_to_string(file)
@@ -79,6 +82,9 @@ impl Interceptor for Token {
                 .map_err(|_| Status::unavailable(format!("{} does not hold a token", file.display())))?;
             value.set_sensitive(true);
             request.metadata_mut().insert("authorization", value);
+        }
+        if let Some(trace) = &self.trace {
+            request.metadata_mut().insert(sgcl_telemetry::HEADER, trace.clone());
         }
         Ok(request)
     }

@@ -12,10 +12,11 @@ mod supervisor;
 use std::io::Write;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, Subcommand};
 use sgcl_proto::exit;
-use tracing_subscriber::EnvFilter;
+use sgcl_telemetry::Program;
+use tokio::runtime::Runtime;
 
 /// Node supervisor, rank process and feature probes of sgcl. Started by `sgclctl` and the coordinator.
 #[derive(Parser, Debug)]
@@ -43,14 +44,17 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let filter = EnvFilter::try_from_env("SGCL_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .without_time()
-        .init();
-    match run(Arguments::parse().command) {
+    let arguments = Arguments::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "error: cannot start the runtime: {error}");
+            return ExitCode::from(exit::INTERNAL);
+        }
+    };
+    let program = Program { name: "sgcl-worker", version: env!("CARGO_PKG_VERSION"), level: "info", json: false };
+    let _telemetry = sgcl_telemetry::init(program, runtime.handle(), std::io::stderr);
+    match run(&runtime, arguments.command) {
         Ok(code) => code,
         Err(error) => {
             // Standard error is gone: nobody is left to tell.
@@ -61,12 +65,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<ExitCode> {
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .enable_all()
-        .build()
-        .context("cannot start the runtime")?;
+fn run(runtime: &Runtime, command: Command) -> Result<ExitCode> {
     match command {
         Command::Node(args) => runtime.block_on(supervisor::main(&args)),
         Command::Rank(args) => Ok(rank::main(runtime.handle(), &args)),

@@ -24,6 +24,7 @@ use sgcl::objective::StepError;
 use sgcl_patchset::{ReadError, StoreError};
 use sgcl_proto::{exit, v1};
 use sgcl_runstore::RunStoreError;
+use sgcl_telemetry::fact;
 use tokio::runtime::Handle;
 
 use crate::session::{BrokenOff, Session};
@@ -54,6 +55,11 @@ pub(crate) struct RankArgs {
 
 /// Trains until the run is over, stopped or lost, and tells the coordinator which.
 pub(crate) fn main(runtime: &Handle, args: &RankArgs) -> ExitCode {
+    fact("run", args.run.clone());
+    fact("node", args.node.clone());
+    let span = tracing::info_span!("rank", run = args.run, node = args.node, local_rank = args.local_rank);
+    sgcl_telemetry::begin(&span);
+    let _under_way = span.entered();
     // A rank without its supervisor would hold a device for nobody.
     if let Err(error) = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL) {
         tracing::warn!(%error, "this rank will outlive its supervisor");

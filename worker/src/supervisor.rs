@@ -9,6 +9,7 @@ use clap::Args;
 use nix::sys::signal::Signal;
 use sgcl_proto::exit;
 use sgcl_proto::v1::{self, NodeEvent, node_event, node_order};
+use sgcl_telemetry::fact;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::process::{Child, Command};
 use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
@@ -18,6 +19,7 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status};
+use tracing::Instrument as _;
 
 use crate::dial::{AGAIN, Dial, GIVE_UP};
 
@@ -72,6 +74,14 @@ struct Ended {
 /// # Errors
 /// The coordinator cannot be reached or goes away.
 pub(crate) async fn main(args: &NodeArgs) -> Result<ExitCode> {
+    fact("run", args.run.clone());
+    fact("node", args.node.clone());
+    let span = tracing::info_span!("node", run = args.run, node = args.node, slot = args.slot);
+    sgcl_telemetry::begin(&span);
+    supervise(args).instrument(span).await
+}
+
+async fn supervise(args: &NodeArgs) -> Result<ExitCode> {
     if args.die_with_parent {
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("cannot ask to end with the parent")?;
     }
@@ -204,6 +214,7 @@ fn spawn(args: &NodeArgs, local_rank: u32, attempt: u32) -> Result<Child> {
         .args(["--local-rank", &local_rank.to_string(), "--attempt", &attempt.to_string()])
         .args(["--address", &args.address])
         .env("OMP_NUM_THREADS", threads.to_string())
+        .envs(sgcl_telemetry::current().map(|here| (sgcl_telemetry::VARIABLE, here.to_string())))
         // libtorch's warnings speak to its own developers.
         .env("TORCH_CPP_LOG_LEVEL", std::env::var_os("TORCH_CPP_LOG_LEVEL").unwrap_or_else(|| "ERROR".into()))
         .stdin(Stdio::null())
@@ -239,7 +250,7 @@ async fn last_words(stderr: impl AsyncRead + Unpin) -> String {
         if last.len() == LAST_WORDS {
             last.pop_front();
         }
-        last.push_back(line.chars().take(LAST_WORD_CHARS).collect::<String>());
+        last.push_back(sgcl_telemetry::plain(&line).chars().take(LAST_WORD_CHARS).collect::<String>());
     }
     Vec::from(last).join("\n")
 }

@@ -13,10 +13,12 @@ use serde_json::json;
 use sgcl_proto::WAITING_FOR_STORAGE;
 use sgcl_runstore::status;
 use sgcl_runstore::{Commits, Order, Orders};
+use sgcl_telemetry::Traceparent;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use tracing::{Instrument as _, Span, info_span};
 
 use super::defaults::Defaults;
 use super::gang::{Gangs, Standing};
@@ -27,7 +29,7 @@ use super::pods::{PodFacts, Pods};
 use super::prepare::{Prepared, Refusal, prepare};
 use super::report::{Facts, Reporter, regrouped, share, trains};
 use super::resource::{Phase, SgclRun};
-use super::{MANAGER, RUN_LABEL};
+use super::{MANAGER, RUN_LABEL, TRACE_ANNOTATION};
 use crate::launcher::{Ended, Launcher as _};
 use crate::machine::Outcome;
 use crate::server::Coordinator;
@@ -169,6 +171,27 @@ async fn sent_home(launcher: &KubeLauncher, news: &mut mpsc::UnboundedReceiver<P
     }
 }
 
+/// The trace that whoever submitted the run began, else one that every coordinator of this object makes the same.
+fn trace(run: &SgclRun, uid: &str) -> Option<Traceparent> {
+    let told = run.annotations().get(TRACE_ANNOTATION).and_then(|text| text.parse().ok());
+    let digits: String = uid.chars().filter(|c| *c != '-').collect();
+    told.or_else(|| Traceparent::named(u128::from_str_radix(&digits, 16).ok()?))
+}
+
+fn span(run: &str, trace: Option<Traceparent>) -> Span {
+    let span = info_span!("run", run, trace_id = trace.map(|trace| trace.trace_id()));
+    if let Some(trace) = &trace {
+        sgcl_telemetry::follow(&span, trace);
+    }
+    span
+}
+
+/// What workers need to trace and log as this coordinator does.
+fn handed_on() -> Vec<(String, String)> {
+    let set = |name: &&str| Some(((*name).to_owned(), std::env::var(name).ok().filter(|value| !value.is_empty())?));
+    sgcl_telemetry::HANDED_ON.iter().filter_map(set).collect()
+}
+
 fn held(run: &SgclRun) -> bool {
     run.finalizers().iter().any(|name| name == FINALIZER)
 }
@@ -208,11 +231,16 @@ impl Conductor {
             Err(error) => return Ok(self.fail(run, error.to_string()).await),
         };
         let uid = run.uid().context("the object has no uid")?;
-        match prepare(&plan, &uid).await {
-            Ok(prepared) => self.train(run, object, &plan, prepared).await,
-            Err(Refusal::Mend(message)) => Ok(self.fail(run, message).await),
-            Err(Refusal::Later(message)) => Ok(Next::Retry(message)),
-        }
+        let trace = trace(run, &uid);
+        let span = span(&self.name, trace);
+        let work = async {
+            match prepare(&plan, &uid).instrument(info_span!("prepare")).await {
+                Ok(prepared) => self.train(run, object, &plan, prepared, trace).await,
+                Err(Refusal::Mend(message)) => Ok(self.fail(run, message).await),
+                Err(Refusal::Later(message)) => Ok(Next::Retry(message)),
+            }
+        };
+        Box::pin(work.instrument(span)).await
     }
 
     async fn train(
@@ -221,6 +249,7 @@ impl Conductor {
         object: &mut watch::Receiver<Arc<SgclRun>>,
         plan: &Plan,
         prepared: Prepared,
+        trace: Option<Traceparent>,
     ) -> Result<Next> {
         if let Some(ignored) = prepared.ignored.clone() {
             self.reporter.event(true, "ChangeIgnored", ignored).await;
@@ -250,13 +279,16 @@ impl Conductor {
         let line = WorkerLine {
             certificate: self.shared.certificate.clone(),
             audience: audience(&self.shared.namespace, &self.name),
+            trace,
+            environment: handed_on(),
         };
         let launcher = KubeLauncher::open(jobs, pods, &self.name, owner, plan.pods.clone(), line, ranks).await?;
         launcher.trim(plan.nodes);
         let mut news = self.shared.pods.of_run(&self.name);
         let training = before == status::Phase::Running;
         let wish = Wish::of(run);
-        let gathered = self.gather(wish, object, plan, &launcher, &mut news, &mut facts, training).await;
+        let gathering = self.gather(wish, object, plan, &launcher, &mut news, &mut facts, training);
+        let gathered = gathering.instrument(info_span!("admission", nodes = plan.nodes)).await;
         if let Some(next) = gathered.inspect_err(|_| self.shared.gangs.stand(&self.name, None))? {
             self.shared.gangs.stand(&self.name, None);
             return Ok(next);
@@ -414,7 +446,8 @@ impl Conductor {
             kill: kill.clone(),
         };
         let (board, url) = (self.shared.board.clone(), self.shared.url.clone());
-        let mut serving = AbortOnDropHandle::new(tokio::spawn(async move { coordinator.attend(&board, url).await }));
+        let serving = async move { coordinator.attend(&board, url).await };
+        let mut serving = AbortOnDropHandle::new(tokio::spawn(serving.in_current_span()));
         let (mut watching, mut changes, mut began) = (true, 0, None);
         let mut give_up = None;
         let mut pending = false;
@@ -539,5 +572,27 @@ impl Conductor {
         K::DynamicType: Default,
     {
         Api::namespaced(self.shared.client.clone(), &self.shared.namespace)
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::kube::resource::SgclRunSpec;
+
+    #[test]
+    fn a_runs_trace_is_its_submitters_else_named_after_its_object() {
+        let uid = "4bf92f35-77b3-4da6-a3ce-929d0e0e4736";
+        let mut run = SgclRun::new("first", SgclRunSpec::default());
+        let named = trace(&run, uid).unwrap();
+        assert_eq!(named.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
+        assert_eq!(trace(&run, uid), Some(named), "as the next leader makes it");
+        let told = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        run.annotations_mut().insert(TRACE_ANNOTATION.into(), told.into());
+        assert_eq!(trace(&run, uid).unwrap().to_string(), told);
+        run.annotations_mut().insert(TRACE_ANNOTATION.into(), "nonsense".into());
+        assert_eq!(trace(&run, uid), Some(named));
+        assert_eq!(trace(&run, "not a uuid"), None);
     }
 }

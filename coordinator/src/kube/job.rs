@@ -7,6 +7,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use serde_json::{Value, json};
 
 use super::plan::PodNeeds;
+use sgcl_telemetry::Traceparent;
 use sgcl_proto::{CERTIFICATE_VARIABLE, TOKEN_VARIABLE};
 
 use super::{ATTEMPT_LABEL, MANAGER, RUN_LABEL, SLOT_LABEL};
@@ -28,6 +29,10 @@ pub struct WorkerLine {
     pub certificate: String,
     /// Whom their tokens are made out to, see [`crate::trust::audience`].
     pub audience: String,
+    /// The run's trace, for whoever is started while no span of it is under way.
+    pub trace: Option<Traceparent>,
+    /// Variables of this coordinator's own environment that its workers get too.
+    pub environment: Vec<(String, String)>,
 }
 
 /// A node to be started.
@@ -81,6 +86,7 @@ impl NodeJob<'_> {
             job_labels["kueue.x-k8s.io/queue-name"] = json!(queue);
         }
         let variable = |name: &str, value: &Option<String>| value.as_ref().map(|v| json!({ "name": name, "value": v }));
+        let trace = sgcl_telemetry::current().or(self.line.trace).map(|here| here.to_string());
         let env: Vec<Value> = [
             Some(json!({ "name": "POD_IP", "valueFrom": { "fieldRef": { "fieldPath": "status.podIP" } } })),
             Some(json!({ "name": "HOME", "value": "/tmp" })),
@@ -88,9 +94,11 @@ impl NodeJob<'_> {
             Some(json!({ "name": TOKEN_VARIABLE, "value": format!("{TOKEN_FOLDER}/token") })),
             variable("AWS_ENDPOINT_URL", &needs.s3_endpoint),
             variable("AWS_REGION", &needs.s3_region),
+            variable(sgcl_telemetry::VARIABLE, &trace),
         ]
         .into_iter()
         .flatten()
+        .chain(self.line.environment.iter().map(|(name, value)| json!({ "name": name, "value": value })))
         .collect();
         let mut shm = json!({ "medium": "Memory" });
         if let Some(memory) = &needs.resources.memory {
@@ -216,6 +224,8 @@ mod tests {
     use crate::kube::plan::Plan;
     use crate::kube::resource::{Resources, SgclRunSpec};
 
+    const TRACE: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
     fn built(spec: &SgclRunSpec, never: &[String]) -> Value {
         let defaults = Defaults {
             bucket: Some("s3://lab/runs".into()),
@@ -230,7 +240,12 @@ mod tests {
             run: "first",
             owner: &owner,
             needs: &plan.pods,
-            line: &WorkerLine { certificate: "PEM".into(), audience: "sgcl.dev/sgcl/first".into() },
+            line: &WorkerLine {
+                certificate: "PEM".into(),
+                audience: "sgcl.dev/sgcl/first".into(),
+                trace: TRACE.parse().ok(),
+                environment: vec![("OTEL_EXPORTER_OTLP_ENDPOINT".into(), "http://collector:4317".into())],
+            },
             ranks: plan.ranks_per_node,
             slot: 1,
             number: 3,
@@ -274,6 +289,15 @@ mod tests {
         let container = &pod["containers"][0]["securityContext"];
         assert_eq!(container["allowPrivilegeEscalation"], false);
         assert_eq!(container["capabilities"]["drop"], json!(["ALL"]));
+    }
+
+    #[test]
+    fn its_worker_goes_on_with_the_runs_trace_and_knows_the_collector() {
+        let job = built(&SgclRunSpec { nodes: 1, ..SgclRunSpec::default() }, &[]);
+        let env = &job["spec"]["template"]["spec"]["containers"][0]["env"];
+        let value = |name: &str| env.as_array().unwrap().iter().find(|v| v["name"] == name).unwrap()["value"].clone();
+        assert_eq!(value("TRACEPARENT"), TRACE);
+        assert_eq!(value("OTEL_EXPORTER_OTLP_ENDPOINT"), "http://collector:4317");
     }
 
     #[test]

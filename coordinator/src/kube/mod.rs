@@ -38,6 +38,8 @@ pub const RUN_LABEL: &str = "sgcl.dev/run";
 pub const SLOT_LABEL: &str = "sgcl.dev/slot";
 /// Label that counts the Jobs of a slot, from 0.
 pub const ATTEMPT_LABEL: &str = "sgcl.dev/attempt";
+/// Annotation with the traceparent that a run's trace goes on with.
+pub const TRACE_ANNOTATION: &str = "sgcl.dev/traceparent";
 /// Who made an object, to the API server and to its readers.
 pub const MANAGER: &str = "sgcl-coordinator";
 /// Name of the Service, and port, that workers find the coordinator by.

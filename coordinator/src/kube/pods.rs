@@ -113,7 +113,8 @@ impl PodFacts {
 
 /// The last line, as far as a message has room.
 fn last_words(text: &str) -> String {
-    text.trim_end().lines().next_back().unwrap_or_default().chars().take(300).collect()
+    let last = text.trim_end().lines().next_back().unwrap_or_default();
+    sgcl_telemetry::plain(last).trim_start().chars().take(300).collect()
 }
 
 fn unschedulable(message: &str) -> String {

@@ -24,6 +24,16 @@ use crate::error::Failure;
 use crate::exit::Exit;
 use crate::output::Out;
 
+/// What a trace begins with: the commands that set a run going. The others are over in a moment and have none.
+pub(crate) fn span(command: &Command) -> tracing::Span {
+    match command {
+        Command::Run(_) => tracing::info_span!("sgclctl run"),
+        Command::Resume(_) => tracing::info_span!("sgclctl resume"),
+        Command::Submit(_) => tracing::info_span!("sgclctl submit"),
+        _ => tracing::Span::none(),
+    }
+}
+
 /// Carries a command out.
 pub(crate) async fn dispatch(cli: Cli) -> Result<Exit> {
     let out = Out { format: cli.output, quiet: cli.quiet };

@@ -14,6 +14,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 
 use super::config::trained_patches;
 use crate::cli::{ConfigSource, OrderArgs, RunArgs};
@@ -54,7 +55,8 @@ pub(crate) async fn main(args: RunArgs, out: Out) -> Result<Exit> {
     // It has answered once: from here on, and when the run has ended, a hiccup is waited for.
     let bucket = bucket.patient_for(HICCUP);
     let run = name.store(&bucket);
-    let spec = wanted(&args, &name, stored.as_ref(), out).await?;
+    let admission = tracing::info_span!("admission", run = %name);
+    let spec = wanted(&args, &name, stored.as_ref(), out).instrument(admission).await?;
     match &stored {
         Some(stored) if args.resume => {
             stored.check_resume(&spec, &run)?;
@@ -179,7 +181,7 @@ async fn train(spec: &Spec, run: &Store, program: &Path, out: Out) -> Result<Out
     };
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let mut progress = RunProgress::new(out, spec.config.epochs);
-    let mut serving = tokio::spawn(coordinator.serve(listener));
+    let mut serving = tokio::spawn(coordinator.serve(listener).in_current_span());
     let mut watching = true;
     let mut changes = 0;
     let outcome = loop {

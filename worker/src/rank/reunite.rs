@@ -15,7 +15,9 @@ use sgcl::collective::Solo;
 use sgcl_proto::v1;
 use sgcl_runstore::config::BankStart;
 use sgcl_runstore::{Commits, Ledger};
+use sgcl_telemetry::fact;
 use tch::{Device, Kind, Tensor};
+use tracing::info_span;
 
 use super::ring::Ring;
 use super::setup;
@@ -66,6 +68,9 @@ impl Trainer {
         let nodes: Vec<usize> = assignment.nodes.iter().map(|&node| node as usize).collect();
         self.place = Place { rank: assignment.rank as usize, generation: assignment.generation, nodes };
         let world = self.place.world();
+        fact("rank", assignment.rank);
+        fact("generation", assignment.generation);
+        let _span = info_span!("rendezvous", generation = assignment.generation, rank = assignment.rank, world).entered();
         ensure!(self.place.rank < world, "rank {} is not in a world of {world}", self.place.rank);
         self.spec.config.check_against(self.subset.len() as u64, world)?;
         let began = Instant::now();

@@ -23,7 +23,7 @@ use tokio::runtime::Handle;
 
 use super::metrics::Metrics;
 use super::step::{Draws, Learner};
-use super::train::{Place, Position, Trainer};
+use super::train::{Place, Position, TracedSteps, Trainer};
 use crate::session::Session;
 
 /// Longest wait for the rendezvous store: it answers at once, or its host is gone.
@@ -71,6 +71,7 @@ pub(crate) fn prepare(runtime: &Handle, local_rank: u32, address: &str, welcome:
         before_move: None,
         spread: None,
         writing: None,
+        traced: TracedSteps::from_env(),
         committed: None,
     })
 }

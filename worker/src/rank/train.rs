@@ -20,6 +20,7 @@ use sgcl_runstore::metrics::StepMetrics;
 use sgcl_runstore::{Commit, Commits, Ledger, PartKind, PartRef, PartWriter, Segment, Spec, commit, export};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
+use tracing::{Instrument as _, Span, info_span};
 
 use super::checkpoint;
 use super::loader::{EpochLoad, LaneBatch, Loader};
@@ -160,6 +161,38 @@ pub(crate) struct Writing {
     upload: JoinHandle<Result<()>>,
 }
 
+/// Which steps have spans of their own: one in so many, the same on all ranks. `SGCL_TRACE_STEPS`; 0 is none.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TracedSteps {
+    every: u64,
+}
+
+impl TracedSteps {
+    const DEFAULT: u64 = 100;
+
+    /// As the environment says.
+    pub(crate) fn from_env() -> Self {
+        let every = match std::env::var("SGCL_TRACE_STEPS") {
+            Ok(text) if !text.is_empty() => text.parse().unwrap_or_else(|_| {
+                tracing::warn!("SGCL_TRACE_STEPS={text}: it must be a number; one step in {} is traced", Self::DEFAULT);
+                Self::DEFAULT
+            }),
+            _ => Self::DEFAULT,
+        };
+        Self { every }
+    }
+
+    fn of(self, step: u64) -> Span {
+        if self.every > 0 && step.is_multiple_of(self.every) { info_span!("step", step) } else { Span::none() }
+    }
+
+    /// A part of a step, where that has a span.
+    fn within(self, name: &'static str) -> Span {
+        let traced = Span::current().metadata().is_some_and(|span| span.name() == "step");
+        if traced { info_span!("part", otel.name = name) } else { Span::none() }
+    }
+}
+
 /// A rank with all it needs.
 pub(crate) struct Trainer {
     pub(crate) runtime: Handle,
@@ -187,6 +220,7 @@ pub(crate) struct Trainer {
     /// Of the bank when the epoch began.
     pub(crate) spread: Option<Spread>,
     pub(crate) writing: Option<Writing>,
+    pub(crate) traced: TracedSteps,
     /// Step and number of the newest commit, and whether all epochs were trained by then.
     pub(crate) committed: Option<(u64, u64, bool)>,
 }
@@ -292,6 +326,8 @@ impl Trainer {
 
     /// Trains what is left of the epoch, or until any rank is asked for something else.
     fn epoch(&mut self, session: &mut Session, all: &RoaringBitmap) -> Result<Asked> {
+        let Place { rank, generation, .. } = self.place;
+        let _span = info_span!("epoch", epoch = self.position.epoch, generation, rank).entered();
         let config = self.spec.config.clone();
         let accumulate = config.batch.accumulate;
         let world = self.place.world();
@@ -322,6 +358,7 @@ impl Trainer {
         let mut since_commit = Instant::now();
         while self.position.cursor < plan.steps() {
             let began = Instant::now();
+            let _span = self.traced.of(self.position.step).entered();
             session.check()?;
             let step = StepPlan {
                 epoch,
@@ -333,8 +370,10 @@ impl Trainer {
                 lanes_per_rank: accumulate,
             };
             let mut wait = self.wait(session, self.set.store(), steps);
-            let batches: Vec<LaneBatch> =
-                (0..accumulate).map(|_| loader.next(|| wait.look())).collect::<Result<_>>()?;
+            let batches: Vec<LaneBatch> = self
+                .traced
+                .within("load")
+                .in_scope(|| (0..accumulate).map(|_| loader.next(|| wait.look())).collect::<Result<_>>())?;
             let planned = (mine..mine + accumulate).map(|lane| plan.batch_of(lane, self.position.cursor));
             ensure!(batches.iter().map(|b| &b.patches[..]).eq(planned), "the loader read other patches than planned");
             let wishes = session.wishes();
@@ -342,7 +381,8 @@ impl Trainer {
             // One rank's clock decides for all.
             let due = self.place.rank == 0 && seconds > 0 && since_commit.elapsed().as_secs() >= seconds;
             let asked = Asked { stop: wishes.stop, pause: wishes.pause.is_some(), commit: due };
-            let result = self.learner.step(self.ring.as_ref(), &step, batches, asked)?;
+            let learning = self.traced.within("learn");
+            let result = learning.in_scope(|| self.learner.step(self.ring.as_ref(), &step, batches, asked))?;
             self.position.step += 1;
             self.position.epoch_step += 1;
             self.position.cursor += 1;
@@ -438,14 +478,17 @@ impl Trainer {
     fn checkpoint(&mut self, session: &mut Session, done: bool) -> Result<()> {
         self.uploaded(session)?;
         self.tell(session, "checkpoint", self.position.epoch_step, BTreeMap::new(), 0.0);
-        self.learner.same_everywhere(self.ring.as_ref())?;
         let Place { rank, generation, .. } = self.place;
         let step = self.position.step;
-        let parts = self.learner.snapshot(rank, &self.subset)?;
+        let snapshot = info_span!("snapshot", step, generation, rank);
+        let parts = snapshot.in_scope(|| {
+            self.learner.same_everywhere(self.ring.as_ref())?;
+            self.learner.snapshot(rank, &self.subset)
+        })?;
         let writer = PartWriter::new(&self.run, generation, step);
         let (reporter, position, world) = (session.reporter(), self.position.clone(), self.place.world());
         let metrics = self.metrics.flushed(rank == 0);
-        let upload = self.runtime.spawn(async move {
+        let work = async move {
             // Nothing is committed whose metrics are not there.
             metrics.await?;
             let parts = checkpoint::write(&writer, parts).await?;
@@ -457,7 +500,8 @@ impl Trainer {
             let parts = parts.iter().map(part).collect::<Result<_>>()?;
             reporter.parts_written(v1::PartsWritten { progress_json, step, parts });
             Ok(())
-        });
+        };
+        let upload = self.runtime.spawn(work.instrument(info_span!("upload", step, generation, rank)));
         self.writing = Some(Writing { step, done, upload });
         Ok(())
     }
@@ -466,6 +510,7 @@ impl Trainer {
     fn uploaded(&mut self, session: &mut Session) -> Result<()> {
         let mut wait = self.wait(session, &self.run, self.position.epoch_step);
         let Some(writing) = &mut self.writing else { return Ok(()) };
+        let _span = info_span!("commit", step = writing.step).entered();
         while !writing.upload.is_finished() {
             wait.look()?;
             std::thread::sleep(LOOK);
@@ -480,6 +525,7 @@ impl Trainer {
 
     /// Writes the backbone of the newest commit in every format.
     fn export(&self, session: &Session) -> Result<()> {
+        let _span = info_span!("export", step = self.position.step).entered();
         self.tell(session, "export", self.position.epoch_step, BTreeMap::new(), 0.0);
         let tensors = self.learner.model.backbone.state();
         let tensors = tensors.into_iter().map(|(name, tensor)| to_stored(name, &tensor)).collect::<Result<Vec<_>>>()?;

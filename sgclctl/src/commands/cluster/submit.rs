@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use kube::ResourceExt;
 use kube::api::PostParams;
 use serde_json::{Map, Value, json};
+use sgcl_coordinator::kube::TRACE_ANNOTATION;
 use sgcl_coordinator::kube::resource::{SgclRun, SgclRunSpec};
 use sgcl_runstore::{ConfigError, RunConfig, RunName};
 
@@ -18,8 +19,12 @@ use crate::exit::Exit;
 use crate::output::Out;
 
 pub(crate) async fn submit(args: SubmitArgs, out: Out) -> Result<Exit> {
-    let run = wanted(&args)?;
+    let mut run = wanted(&args)?;
     let name = run.name_any();
+    if let Some(here) = sgcl_telemetry::current() {
+        // One that the file brings along is the user's own.
+        run.annotations_mut().entry(TRACE_ANNOTATION.to_owned()).or_insert_with(|| here.to_string());
+    }
     let cluster = Cluster::open(&args.cluster).await?;
     let params = PostParams { dry_run: args.dry_run, ..PostParams::default() };
     let made = cluster.runs().create(&params, &run).await.map_err(|error| cluster.told(error, Some(&name)))?;

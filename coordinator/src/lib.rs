@@ -7,6 +7,7 @@ mod commits;
 pub mod kube;
 pub mod launcher;
 pub mod machine;
+pub mod metrics;
 mod orders;
 mod recorder;
 pub mod server;

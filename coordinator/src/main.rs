@@ -10,6 +10,7 @@ use clap::{Parser, Subcommand};
 use kube::{Api, Client};
 use sgcl_coordinator::kube::controller::{Leader, Runs};
 use sgcl_coordinator::kube::{GRPC_PORT, NAMESPACE, lease, resource};
+use sgcl_coordinator::metrics::Measures;
 use sgcl_coordinator::trust::Refusals;
 use sgcl_telemetry::Program;
 use tokio::net::TcpListener;
@@ -66,9 +67,10 @@ async fn run(args: Arguments) -> Result<()> {
         .context("another TLS provider is installed")?;
     let mut terminate = signal(SignalKind::terminate())?;
     let client = Client::try_default().await.context("no access to a cluster")?;
-    let (runs, state, refusals) = (Runs::default(), probes::State::default(), Refusals::default());
+    let (runs, refusals, measures) = (Runs::default(), Refusals::default(), Measures::default());
+    let state = probes::State::default();
     let http = listen(args.http_port).await?;
-    tokio::spawn(probes::serve(http, state.clone(), runs.clone(), refusals.clone()));
+    tokio::spawn(probes::serve(http, state.clone(), runs.clone(), refusals.clone(), measures.clone()));
 
     let leases = Api::namespaced(client.clone(), &args.namespace);
     state.ready();
@@ -80,7 +82,7 @@ async fn run(args: Arguments) -> Result<()> {
     // Not before: a worker that meets a replica which does not lead is refused at once, and tries again.
     let listener = listen(args.grpc_port).await?;
     let (namespace, me, lease_epoch) = (args.namespace, args.name, held.epoch());
-    let leading = Leader { client, namespace, me, listener, lease_epoch, runs, refusals }.lead();
+    let leading = Leader { client, namespace, me, listener, lease_epoch, runs, refusals, measures }.lead();
     // Whoever ends first ends the process: what it coordinated goes on without it until the next leader finds it.
     tokio::select! {
         ended = leading => ended,

@@ -1,14 +1,17 @@
 //! What the kubelet and Prometheus ask.
 
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use axum::Router;
 use axum::http::StatusCode;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::IntoResponse;
 use axum::routing::get;
 use sgcl_coordinator::kube::controller::Runs;
+use sgcl_coordinator::metrics::{Measures, exposition};
 use sgcl_coordinator::trust::Refusals;
+use sgcl_telemetry::metrics::Exposition;
 use tokio::net::TcpListener;
 
 /// What this replica is. Cheap to clone.
@@ -37,7 +40,7 @@ impl State {
 }
 
 /// Answers until the process ends. Its failure shows in the probes.
-pub(crate) async fn serve(listener: TcpListener, state: State, runs: Runs, refusals: Refusals) {
+pub(crate) async fn serve(listener: TcpListener, state: State, runs: Runs, refusals: Refusals, measures: Measures) {
     let ready = state.clone();
     let answer = move || {
         let ready = ready.inner.ready.load(Ordering::Relaxed);
@@ -46,33 +49,15 @@ pub(crate) async fn serve(listener: TcpListener, state: State, runs: Runs, refus
     let router = Router::new()
         .route("/healthz", get(|| async { StatusCode::OK }))
         .route("/readyz", get(answer))
-        .route("/metrics", get(move || metrics(state.clone(), runs.clone(), refusals.clone())));
+        .route("/metrics", get(move || metrics(state.clone(), runs.clone(), refusals.clone(), measures.clone())));
     if let Err(error) = axum::serve(listener, router).await {
         tracing::error!(%error, "probes are answered no more");
     }
 }
 
 /// Prometheus' text format.
-async fn metrics(state: State, runs: Runs, refusals: Refusals) -> String {
-    let epoch = state.inner.epoch.load(Ordering::Relaxed);
-    let mut text = format!(
-        "# HELP sgcl_coordinator_leader Whether this replica leads.\n# TYPE sgcl_coordinator_leader gauge\n\
-         sgcl_coordinator_leader {}\n\
-         # HELP sgcl_coordinator_lease_epoch Term of this leader.\n# TYPE sgcl_coordinator_lease_epoch gauge\n\
-         sgcl_coordinator_lease_epoch {epoch}\n\
-         # HELP sgcl_runs Runs by phase.\n# TYPE sgcl_runs gauge\n",
-        u8::from(epoch > 0)
-    );
-    for (phase, count) in runs.by_phase().await {
-        // Writing to a string does not fail.
-        let _ = writeln!(text, "sgcl_runs{{phase=\"{phase}\"}} {count}");
-    }
-    text.push_str(
-        "# HELP sgcl_coordinator_refused_total Connections and streams of workers that were refused, by reason.\n\
-         # TYPE sgcl_coordinator_refused_total counter\n",
-    );
-    for (refusal, count) in refusals.counts() {
-        let _ = writeln!(text, "sgcl_coordinator_refused_total{{reason=\"{}\"}} {count}", refusal.name());
-    }
-    text
+async fn metrics(state: State, runs: Runs, refusals: Refusals, measures: Measures) -> impl IntoResponse {
+    let lease_epoch = state.inner.epoch.load(Ordering::Relaxed);
+    let text = exposition(lease_epoch, &runs.by_phase().await, &refusals, &measures);
+    ([(CONTENT_TYPE, Exposition::CONTENT_TYPE)], text)
 }

@@ -22,6 +22,7 @@ use tracing::{Instrument as _, info_span};
 use crate::commits::{assemble, follow, is_stale, newest};
 use crate::launcher::{Ended, Errands, Launcher};
 use crate::machine::{Change, Effect, Event, Machine, Outcome, Place, Settings};
+use crate::metrics::{COMMIT_FAILURES, COMMIT_SECONDS};
 use crate::orders::{self, Notice};
 use crate::recorder::Recorder;
 use crate::streams::{Input, Line, listen};
@@ -529,6 +530,7 @@ impl<L: Launcher> Desk<'_, L> {
         self.writing = true;
         let span = info_span!("commit", generation, step);
         let work = async move {
+            let began = Instant::now();
             let result = async {
                 let progress = assemble(written)?;
                 let commits = Commits::new(&run);
@@ -539,6 +541,10 @@ impl<L: Launcher> Desk<'_, L> {
                 Ok(commit)
             }
             .await;
+            match &result {
+                Ok(_) => COMMIT_SECONDS.add(began.elapsed()),
+                Err(_) => COMMIT_FAILURES.add(1),
+            }
             // The receiver is gone when the run has ended: nobody is left to tell.
             let _ = inputs.send(Input::Committed { generation, step, result }).await;
         };

@@ -15,12 +15,13 @@ use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 use tokio_stream::Stream;
 use tokio_stream::wrappers::{TcpListenerStream, UnboundedReceiverStream};
-use tonic::transport::server::Connected;
 use tonic::metadata::MetadataMap;
+use tonic::transport::server::Connected;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{Instrument as _, Span, info_span};
 
 use crate::machine::{Event, Place};
+use crate::metrics::{NODE_STREAMS, RANK_STREAMS};
 use crate::switchboard::Switchboard;
 use crate::trust::Door;
 
@@ -143,7 +144,9 @@ impl Service for Streams {
         let number = self.lines.fetch_add(1, Ordering::Relaxed);
         let line = Line { number, orders };
         let span = span("sgcl.v1.Coordinator/Join", &metadata, &run, &node);
+        let open = NODE_STREAMS.one();
         let work = async move {
+            let _open = open;
             let ranks = ranks.into_iter().map(|rank| (rank.local_rank, rank.attempt)).collect();
             let joined = Event::NodeJoined { node: node.clone(), slot, address, ranks };
             let mut known = Self::send(&inputs, Input::Node(node.clone(), line)).await
@@ -183,7 +186,9 @@ impl Service for Streams {
         let inputs = self.board.find(&run)?;
         let (orders, out) = mpsc::unbounded_channel();
         let span = span("sgcl.v1.Coordinator/Rank", &metadata, &run, &node);
+        let open = RANK_STREAMS.one();
         let work = async move {
+            let _open = open;
             let place = (node, local_rank);
             if !Self::send(&inputs, Input::Rank(place.clone(), orders)).await {
                 return;

@@ -106,7 +106,7 @@ pub struct Refusals {
 }
 
 impl Refusals {
-    fn count(&self, refusal: Refusal) {
+    pub(crate) fn count(&self, refusal: Refusal) {
         *self.counts.lock().unwrap_or_else(PoisonError::into_inner).entry(refusal).or_default() += 1;
     }
 

@@ -1,8 +1,9 @@
 //! Manifests are what they are printed from. `SGCL_UPDATE=1` writes them instead.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
 use std::path::{Path, PathBuf};
 
+use serde_json::Value;
 use sgcl_coordinator::kube::resource;
 
 fn deploy() -> PathBuf {
@@ -40,6 +41,92 @@ fn what_kubectl_applies_is_the_base_in_its_order() {
     held(&deploy().join("sgcl.yaml"), &text);
     // Either file in this folder would break `kubectl apply -f deploy/`.
     assert!(!deploy().join("kustomization.yaml").exists() && !deploy().join("kustomization.yml").exists());
+}
+
+fn documents(path: &Path) -> Vec<Value> {
+    let text = std::fs::read_to_string(path).unwrap();
+    let parts =
+        text.split("\n---\n").filter(|part| part.lines().any(|line| !line.is_empty() && !line.starts_with('#')));
+    parts.map(|part| serde_saphyr::from_str(part).unwrap_or_else(|e| panic!("{}: {e}", path.display()))).collect()
+}
+
+fn identity(object: &Value) -> (String, String) {
+    (object["kind"].as_str().unwrap().to_owned(), object["metadata"]["name"].as_str().unwrap().to_owned())
+}
+
+/// What an overlay is made of fits together, whether or not a kustomize is there to put it together.
+#[rstest::rstest]
+#[case("demo")]
+#[case("kueue")]
+#[case("workload-identity")]
+#[case("rdma")]
+fn an_overlay_changes_what_there_is_and_its_defaults_are_taken(#[case] name: &str) {
+    let folder = deploy().join("overlays").join(name);
+    let base = documents(&deploy().join("sgcl.yaml"));
+    let [kustomization] = &documents(&folder.join("kustomization.yaml"))[..] else { panic!("one document") };
+    let words = |list: &Value| -> Vec<String> {
+        list.as_array().unwrap().iter().map(|word| word.as_str().unwrap().to_owned()).collect()
+    };
+    let resources = words(&kustomization["resources"]);
+    assert!(resources.contains(&"../../base".to_owned()));
+    for file in resources.iter().filter(|file| *file != "../../base") {
+        for object in documents(&folder.join(file)) {
+            assert!(base.iter().all(|known| identity(known) != identity(&object)), "{file}: {:?}", identity(&object));
+        }
+    }
+    let mut defaults: Option<std::collections::BTreeMap<String, String>> = None;
+    for patch in kustomization["patches"].as_array().unwrap() {
+        for object in documents(&folder.join(patch["path"].as_str().unwrap())) {
+            let found = base.iter().find(|known| identity(known) == identity(&object));
+            let found = found.unwrap_or_else(|| panic!("there is no {:?} to patch", identity(&object)));
+            assert_eq!(found["metadata"]["namespace"], object["metadata"]["namespace"]);
+            if object["kind"] == "ConfigMap" {
+                defaults = Some(serde_json::from_value(object["data"].clone()).unwrap());
+            }
+        }
+    }
+    // As the coordinator reads them.
+    let read = sgcl_coordinator::kube::defaults::Defaults::read(&defaults.unwrap()).unwrap();
+    match name {
+        "kueue" => assert_eq!(read.queue.as_deref(), Some("sgcl")),
+        "rdma" => assert!(!read.worker_env.is_empty() && !read.worker_resources.is_empty()),
+        "workload-identity" => assert_eq!(read.credentials_secret.as_deref(), Some("none")),
+        _ => {}
+    }
+}
+
+/// The same put together by kubectl, where there is one.
+#[rstest::rstest]
+#[case("overlays/demo", &["Deployment/sgcl-s3"])]
+#[case("overlays/kueue", &["ResourceFlavor/sgcl-gpu", "ClusterQueue/sgcl", "LocalQueue/sgcl"])]
+#[case("overlays/workload-identity", &[])]
+#[case("overlays/rdma", &["NetworkPolicy/sgcl-worker-egress"])]
+#[case("observability", &["PodMonitor/sgcl-worker", "PodMonitor/sgcl-coordinator", "PrometheusRule/sgcl", "ConfigMap/sgcl-dashboard"])]
+fn kubectl_renders_it(#[case] folder: &str, #[case] more: &[&str]) {
+    let rendered = std::process::Command::new("kubectl").arg("kustomize").arg(deploy().join(folder)).output();
+    let Ok(rendered) = rendered else {
+        eprintln!("skipped: kubectl is not installed");
+        return;
+    };
+    assert!(rendered.status.success(), "{}", String::from_utf8_lossy(&rendered.stderr));
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), &rendered.stdout).unwrap();
+    let objects = documents(file.path());
+    let name = |object: &Value| format!("{}/{}", identity(object).0, identity(object).1);
+    let names: Vec<String> = objects.iter().map(name).collect();
+    let missing: Vec<_> = more.iter().filter(|name| !names.iter().any(|found| found == **name)).collect();
+    assert!(missing.is_empty(), "{missing:?} in {names:?}");
+    let find = |wanted: &str| objects.iter().find(|object| name(object) == wanted).unwrap();
+    if folder == "overlays/workload-identity" {
+        let coordinator = find("Deployment/sgcl-coordinator");
+        assert!(!coordinator.to_string().contains("sgcl-bucket"), "it still looks for the Secret: {coordinator}");
+        for account in ["ServiceAccount/sgcl-worker", "ServiceAccount/sgcl-coordinator"] {
+            assert!(find(account)["metadata"]["annotations"]["eks.amazonaws.com/role-arn"].is_string());
+        }
+    }
+    if folder == "overlays/rdma" {
+        assert!(!String::from_utf8_lossy(&rendered.stdout).contains("hostNetwork"));
+    }
 }
 
 #[test]

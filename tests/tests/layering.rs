@@ -27,6 +27,7 @@ fn dependencies(package: &str) -> BTreeSet<String> {
 #[case("sgcl-patchset", &["tch", "kube", "tonic"])]
 #[case("sgcl-phantom", &["tch", "kube", "tonic", "object_store"])]
 #[case("sgcl-runstore", &["tch", "kube", "tonic"])]
+#[case("sgcl-telemetry", &["tch", "kube", "object_store"])]
 #[case("sgcl-c10d", &["tonic", "kube"])]
 #[case("sgcl", &["tonic", "kube", "object_store"])]
 #[case("sgcl-coordinator", &["tch", "sgcl", "sgcl-c10d", "sgcl-worker"])]
@@ -44,6 +45,13 @@ fn the_contract_imports_nothing_of_ours() {
     let found = dependencies("sgcl-proto");
     let ours: Vec<_> = found.iter().filter(|name| name.starts_with("sgcl") && *name != "sgcl-proto").collect();
     assert!(ours.is_empty(), "sgcl-proto imports {ours:?}");
+}
+
+#[rstest]
+fn logs_and_traces_know_nothing_of_runs() {
+    let found = dependencies("sgcl-telemetry");
+    let ours: Vec<_> = found.iter().filter(|name| name.starts_with("sgcl") && *name != "sgcl-telemetry").collect();
+    assert!(ours.is_empty(), "sgcl-telemetry imports {ours:?}");
 }
 
 #[rstest]

@@ -5,6 +5,8 @@ mod dial;
 mod embed;
 mod encoder;
 mod eval;
+mod measures;
+mod metrics;
 mod rank;
 mod session;
 mod supervisor;

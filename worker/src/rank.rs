@@ -27,6 +27,7 @@ use sgcl_runstore::RunStoreError;
 use sgcl_telemetry::fact;
 use tokio::runtime::Handle;
 
+use crate::measures;
 use crate::session::{BrokenOff, Session};
 use train::End;
 
@@ -51,6 +52,9 @@ pub(crate) struct RankArgs {
     /// Address at which other nodes' ranks reach this one
     #[arg(long)]
     address: String,
+    /// Report measures on standard output, a line a second
+    #[arg(long, hide = true)]
+    measures: bool,
 }
 
 /// Trains until the run is over, stopped or lost, and tells the coordinator which.
@@ -60,6 +64,9 @@ pub(crate) fn main(runtime: &Handle, args: &RankArgs) -> ExitCode {
     let span = tracing::info_span!("rank", run = args.run, node = args.node, local_rank = args.local_rank);
     sgcl_telemetry::begin(&span);
     let _under_way = span.entered();
+    if args.measures {
+        measures::report(runtime);
+    }
     // A rank without its supervisor would hold a device for nobody.
     if let Err(error) = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL) {
         tracing::warn!(%error, "this rank will outlive its supervisor");

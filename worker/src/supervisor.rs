@@ -18,10 +18,13 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status};
 use tracing::Instrument as _;
 
 use crate::dial::{AGAIN, Dial, GIVE_UP};
+use crate::measures::Report;
+use crate::metrics::NodeMetrics;
 
 /// Time from a node's SIGTERM to its end: some clouds give 15 s.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -56,6 +59,9 @@ pub(crate) struct NodeArgs {
     /// Computing threads of a rank [default: the cores shared out]
     #[arg(long)]
     threads: Option<usize>,
+    /// Answer Prometheus at /metrics on this port [default: nobody is answered]
+    #[arg(long, env = "SGCL_METRICS_PORT", value_name = "PORT")]
+    metrics_port: Option<u16>,
     /// End when the process that started this one ends
     #[arg(long)]
     die_with_parent: bool,
@@ -86,8 +92,13 @@ async fn supervise(args: &NodeArgs) -> Result<ExitCode> {
         nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).context("cannot ask to end with the parent")?;
     }
     let dial = Dial::new(&args.coordinator)?;
+    let metrics = NodeMetrics::default();
+    if let Some(port) = args.metrics_port {
+        metrics.serve(port, &args.run, &args.node).await?;
+    }
     let mut terminate = signal(SignalKind::terminate())?;
-    let mut node = Node { args, ranks: JoinSet::new(), alive: BTreeMap::new(), unsaid: Vec::new(), deadline: None };
+    let (ranks, alive) = (JoinSet::new(), BTreeMap::new());
+    let mut node = Node { args, metrics: metrics.clone(), ranks, alive, unsaid: Vec::new(), deadline: None };
     let mut silent = Instant::now();
     let code = loop {
         let mut heard = false;
@@ -97,6 +108,7 @@ async fn supervise(args: &NodeArgs) -> Result<ExitCode> {
                 return Err(anyhow!("the coordinator at {} refused this node: {}", args.coordinator, status.message()));
             }
             Err(status) => {
+                metrics.connected(false);
                 silent = if heard { Instant::now() } else { silent };
                 if silent.elapsed() > GIVE_UP {
                     return Err(anyhow!("no coordinator answers at {}: {}", args.coordinator, status.message()));
@@ -116,6 +128,7 @@ async fn supervise(args: &NodeArgs) -> Result<ExitCode> {
 /// A node: its rank processes, and what the coordinator has yet to hear of them.
 struct Node<'a> {
     args: &'a NodeArgs,
+    metrics: NodeMetrics,
     ranks: JoinSet<Ended>,
     /// Cancelled to kill; by place and attempt.
     alive: BTreeMap<(u32, u32), CancellationToken>,
@@ -152,6 +165,7 @@ impl Node<'_> {
             stream = &mut opening => stream?.into_inner(),
             _ = terminate.recv() => return Ok(exit::YIELDED),
         };
+        self.metrics.connected(true);
         // A line that never stood would take them along.
         self.unsaid.drain(..).for_each(tell);
         loop {
@@ -164,7 +178,8 @@ impl Node<'_> {
                             let child = spawn(args, local_rank, attempt).map_err(|e| Status::internal(format!("{e:#}")))?;
                             let kill = CancellationToken::new();
                             self.alive.insert((local_rank, attempt), kill.clone());
-                            self.ranks.spawn(watch(child, kill, local_rank, attempt));
+                            self.metrics.running(self.alive.len());
+                            self.ranks.spawn(watch(child, kill, local_rank, attempt, self.metrics.clone()));
                         }
                         Some(node_order::Order::Kill(v1::KillRank { local_rank, attempt })) => {
                             self.alive.get(&(local_rank, attempt)).into_iter().for_each(CancellationToken::cancel);
@@ -179,7 +194,10 @@ impl Node<'_> {
                 Some(ended) = self.ranks.join_next() => {
                     let ended = ended.map_err(|e| Status::internal(format!("the watch over a rank failed: {e}")))?;
                     self.alive.remove(&(ended.local_rank, ended.attempt));
-                    let report = node_event::Event::Exited(report(ended));
+                    self.metrics.running(self.alive.len());
+                    let exited = report(ended);
+                    self.metrics.exited(exited.local_rank, exited.code);
+                    let report = node_event::Event::Exited(exited);
                     if events.is_closed() {
                         self.unsaid.push(report);
                     } else {
@@ -188,6 +206,7 @@ impl Node<'_> {
                 }
                 _ = terminate.recv(), if self.deadline.is_none() => {
                     tracing::info!("told to leave");
+                    self.metrics.preempting();
                     self.deadline = Some(Instant::now() + DEADLINE - MARGIN);
                     tell(preempting());
                 }
@@ -213,12 +232,13 @@ fn spawn(args: &NodeArgs, local_rank: u32, attempt: u32) -> Result<Child> {
         .args(["rank", "--coordinator", &args.coordinator, "--run", &args.run, "--node", &args.node])
         .args(["--local-rank", &local_rank.to_string(), "--attempt", &attempt.to_string()])
         .args(["--address", &args.address])
+        .args(args.metrics_port.map(|_| "--measures"))
         .env("OMP_NUM_THREADS", threads.to_string())
         .envs(sgcl_telemetry::current().map(|here| (sgcl_telemetry::VARIABLE, here.to_string())))
         // libtorch's warnings speak to its own developers.
         .env("TORCH_CPP_LOG_LEVEL", std::env::var_os("TORCH_CPP_LOG_LEVEL").unwrap_or_else(|| "ERROR".into()))
         .stdin(Stdio::null())
-        .stdout(Stdio::null())
+        .stdout(if args.metrics_port.is_some() { Stdio::piped() } else { Stdio::null() })
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
@@ -226,7 +246,15 @@ fn spawn(args: &NodeArgs, local_rank: u32, attempt: u32) -> Result<Child> {
 }
 
 /// Waits for a rank's end; its standard error goes on to ours, the last of it into the report.
-async fn watch(mut child: Child, kill: CancellationToken, local_rank: u32, attempt: u32) -> Ended {
+async fn watch(
+    mut child: Child,
+    kill: CancellationToken,
+    local_rank: u32,
+    attempt: u32,
+    metrics: NodeMetrics,
+) -> Ended {
+    let measures =
+        child.stdout.take().map(|out| AbortOnDropHandle::new(tokio::spawn(listen(out, local_rank, metrics))));
     let words = match child.stderr.take() {
         Some(stderr) => tokio::spawn(last_words(stderr)),
         None => tokio::spawn(async { String::new() }),
@@ -239,7 +267,23 @@ async fn watch(mut child: Child, kill: CancellationToken, local_rank: u32, attem
             child.wait().await
         }
     };
+    if let Some(measures) = measures {
+        // What it has not read tells of a rank that is gone.
+        measures.abort();
+        let _ = measures.await;
+    }
     Ended { local_rank, attempt, status, last_words: words.await.unwrap_or_default() }
+}
+
+/// Takes a rank's reports. What else comes on its standard output is a library's, NCCL's log for one.
+async fn listen(out: impl AsyncRead + Unpin, local_rank: u32, metrics: NodeMetrics) {
+    let mut lines = BufReader::new(out).lines();
+    while let Ok(Some(line)) = lines.next_line().await {
+        match Report::read(&line) {
+            Some(report) => metrics.told(local_rank, report),
+            None => tracing::info!(target: "rank", "{line}"),
+        }
+    }
 }
 
 async fn last_words(stderr: impl AsyncRead + Unpin) -> String {

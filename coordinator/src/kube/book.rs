@@ -170,6 +170,12 @@ impl Book {
         self.entries.iter().filter(|entry| !entry.over).filter_map(|entry| entry.pod.as_ref())
     }
 
+    /// Jobs that have not ended and whose pod was not made yet: a queue keeps them, or the cluster is slow.
+    #[must_use]
+    pub fn without_pod(&self) -> usize {
+        self.entries.iter().filter(|entry| !entry.over && entry.pod.is_none()).count()
+    }
+
     /// Machines with failures that no other machine had.
     fn bad(&self) -> Vec<String> {
         match self.failures.iter().collect::<Vec<_>>()[..] {
@@ -288,6 +294,17 @@ mod tests {
         assert!(matches!(book.launch(0, 2), Launch::Create { never, .. } if never == ["bad"]));
         book.pod(&pod(0, 2, "good", Some(139)));
         assert!(matches!(book.launch(0, 3), Launch::Create { never, .. } if never.is_empty()), "it is not the machine");
+    }
+
+    #[test]
+    fn a_job_waits_for_its_pod_until_that_is_made_or_it_is_given_up() {
+        let mut book = Book::default();
+        book.launch(0, 0);
+        book.launch(1, 0);
+        assert_eq!(book.without_pod(), 2);
+        book.pod(&pod(0, 0, "a", None));
+        book.discard(1, 0);
+        assert_eq!(book.without_pod(), 0);
     }
 
     #[test]

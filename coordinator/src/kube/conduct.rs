@@ -32,6 +32,7 @@ use super::resource::{Phase, SgclRun};
 use super::{MANAGER, RUN_LABEL, TRACE_ANNOTATION};
 use crate::launcher::{Ended, Launcher as _};
 use crate::machine::Outcome;
+use crate::metrics::Measures;
 use crate::server::Coordinator;
 use crate::switchboard::Switchboard;
 use crate::trust::audience;
@@ -72,6 +73,8 @@ pub struct Shared {
     pub pods: Pods,
     /// Who holds nodes.
     pub gangs: Gangs,
+    /// How the runs are doing.
+    pub measures: Measures,
     /// ConfigMap `sgcl-defaults`, as it is now.
     pub defaults: watch::Receiver<Result<Defaults, String>>,
     /// Name of this pod: who events are from.
@@ -115,7 +118,8 @@ pub async fn conduct(shared: Arc<Shared>, mut object: watch::Receiver<Arc<SgclRu
     let run = object.borrow().clone();
     let api: Api<SgclRun> = Api::namespaced(shared.client.clone(), &shared.namespace);
     let events = Api::namespaced(shared.client.clone(), &shared.namespace);
-    let reporter = Reporter::new(api.clone(), events, shared.me.clone(), &run);
+    let measure = shared.measures.of(&run.name_any());
+    let reporter = Reporter::new(api.clone(), events, shared.me.clone(), &run, measure);
     let mut defaults = shared.defaults.clone();
     let mut conductor = Conductor { name: run.name_any(), api, reporter, shared };
     let mut tries = 0;

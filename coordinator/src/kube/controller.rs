@@ -20,6 +20,7 @@ use super::gang::Gangs;
 use super::pods::Pods;
 use super::resource::{Phase, SgclRun};
 use super::{GRPC_PORT, SERVICE, trust};
+use crate::metrics::Measures;
 use crate::streams::listen;
 use crate::switchboard::Switchboard;
 use crate::trust::Refusals;
@@ -52,6 +53,8 @@ pub struct Leader {
     pub runs: Runs,
     /// Who was not let in.
     pub refusals: Refusals,
+    /// How the runs are doing.
+    pub measures: Measures,
 }
 
 struct Context {
@@ -65,7 +68,7 @@ impl Leader {
     /// # Errors
     /// The listener breaks, or there is no authority for TLS; everything else is tried again.
     pub async fn lead(self) -> Result<()> {
-        let Self { client, namespace, me, listener, lease_epoch, runs, refusals } = self;
+        let Self { client, namespace, me, listener, lease_epoch, runs, refusals, measures } = self;
         let (door, certificate) = trust::door(&client, &namespace, refusals).await?;
         let board = Switchboard::default();
         let pods = Pods::default();
@@ -79,6 +82,7 @@ impl Leader {
             board: board.clone(),
             pods: pods.clone(),
             gangs: Gangs::default(),
+            measures,
             defaults: defaults.clone(),
             client: client.clone(),
             namespace: namespace.clone(),

@@ -7,8 +7,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use serde_json::{Value, json};
 
 use super::plan::PodNeeds;
-use sgcl_telemetry::Traceparent;
 use sgcl_proto::{CERTIFICATE_VARIABLE, TOKEN_VARIABLE};
+use sgcl_telemetry::Traceparent;
 
 use super::{ATTEMPT_LABEL, MANAGER, RUN_LABEL, SLOT_LABEL};
 
@@ -19,6 +19,8 @@ const KEPT_S: u32 = 3600;
 
 /// The kubelet makes tokens anew at four fifths of this.
 const TOKEN_S: u32 = 3600;
+/// Where a worker's pod answers Prometheus, its container's port `metrics`.
+pub const METRICS_PORT: u16 = 9464;
 /// Folder of the token in a worker.
 const TOKEN_FOLDER: &str = "/var/run/sgcl/token";
 
@@ -98,7 +100,13 @@ impl NodeJob<'_> {
         ]
         .into_iter()
         .flatten()
-        .chain(self.line.environment.iter().map(|(name, value)| json!({ "name": name, "value": value })))
+        .chain(
+            needs
+                .env
+                .iter()
+                .chain(self.line.environment.iter().map(|(name, value)| (name, value)))
+                .map(|(name, value)| json!({ "name": name, "value": value })),
+        )
         .collect();
         let mut shm = json!({ "medium": "Memory" });
         if let Some(memory) = &needs.resources.memory {
@@ -130,7 +138,9 @@ impl NodeJob<'_> {
                 "args": [
                     "node", "--coordinator", self.coordinator, "--run", self.run, "--node", name,
                     "--slot", self.slot.to_string(), "--ranks", self.ranks.to_string(), "--address", "$(POD_IP)",
+                    "--metrics-port", METRICS_PORT.to_string(),
                 ],
+                "ports": [{ "name": "metrics", "containerPort": METRICS_PORT }],
                 "env": env,
                 // May be missing where the pods' account itself opens the bucket.
                 "envFrom": [{ "secretRef": { "name": needs.credentials_secret, "optional": true } }],
@@ -178,6 +188,9 @@ impl NodeJob<'_> {
             requests["ephemeral-storage"] = json!(disk);
         }
         for all in [&mut requests, &mut limits] {
+            for (name, quantity) in &self.needs.extended {
+                all[name] = json!(quantity);
+            }
             all[&self.needs.gpu_resource] = json!(self.ranks.to_string());
         }
         json!({ "requests": requests, "limits": limits })
@@ -232,6 +245,8 @@ mod tests {
             dataset: Some("s3://lab/patches".into()),
             image: Some("sgcl-worker:1".into()),
             s3_endpoint: Some("http://s3:7070".into()),
+            worker_env: [("NCCL_IB_HCA".to_owned(), "mlx5".to_owned())].into(),
+            worker_resources: [("rdma/hca".to_owned(), "1".to_owned())].into(),
             ..Defaults::default()
         };
         let plan = Plan::of("first", spec, &defaults).unwrap();
@@ -298,6 +313,18 @@ mod tests {
         let value = |name: &str| env.as_array().unwrap().iter().find(|v| v["name"] == name).unwrap()["value"].clone();
         assert_eq!(value("TRACEPARENT"), TRACE);
         assert_eq!(value("OTEL_EXPORTER_OTLP_ENDPOINT"), "http://collector:4317");
+    }
+
+    #[test]
+    fn what_the_platform_gives_every_worker_is_in_its_pod() {
+        let job = built(&SgclRunSpec { nodes: 1, gpus_per_node: Some(4), ..SgclRunSpec::default() }, &[]);
+        let container = &job["spec"]["template"]["spec"]["containers"][0];
+        for all in ["requests", "limits"] {
+            assert_eq!(container["resources"][all], json!({ "rdma/hca": "1", "nvidia.com/gpu": "4" }));
+        }
+        let env = container["env"].as_array().unwrap();
+        assert!(env.contains(&json!({ "name": "NCCL_IB_HCA", "value": "mlx5" })), "{env:?}");
+        assert_eq!(container["ports"][0], json!({ "name": "metrics", "containerPort": METRICS_PORT }));
     }
 
     #[test]

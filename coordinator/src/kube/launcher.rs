@@ -76,6 +76,9 @@ impl KubeLauncher {
             // Nobody else would.
             tokio::spawn(self.clone().remove(facts.slot, facts.number));
         }
+        if self.inner.needs.queue.is_some() && !told.is_empty() {
+            tokio::spawn(self.clone().end_suspended(facts.slot, facts.number));
+        }
         let ended = self.inner.ended.lock().unwrap_or_else(PoisonError::into_inner).clone();
         for end in told {
             tracing::info!(
@@ -115,8 +118,16 @@ impl KubeLauncher {
             return Some(("Job".into(), trouble));
         }
         let book = self.book();
-        let waiting = book.pods().find_map(|pod| pod.waiting.clone())?;
-        Some((waiting.reason, waiting.message))
+        if let Some(waiting) = book.pods().find_map(|pod| pod.waiting.clone()) {
+            return Some((waiting.reason, waiting.message));
+        }
+        // A queue holds a Job back by suspending it: then there is no pod that could say so.
+        let queue = self.inner.needs.queue.as_ref().filter(|_| book.without_pod() > 0)?;
+        let held = book.without_pod();
+        let message = format!(
+            "{held} node(s) wait for queue {queue} to admit them; `kubectl get workloads` says what it lacks, spec.queue names another"
+        );
+        Some(("Queue".into(), message))
     }
 
     /// Ends nodes of slots that the run no longer has.
@@ -171,6 +182,21 @@ impl KubeLauncher {
             return;
         }
         self.remove(slot, number).await;
+    }
+
+    /// Deletes a Job that its queue has suspended, which is how a queue takes a node back. Left alone it would be started again one day,
+    /// as a node that nobody waits for, beside the Job that is asked for in its place.
+    async fn end_suspended(self, slot: u32, number: u32) {
+        let labels = format!("{RUN_LABEL}={},{SLOT_LABEL}={slot},{ATTEMPT_LABEL}={number}", self.inner.run);
+        let listed = self.inner.jobs.list(&ListParams::default().labels(&labels)).await;
+        let suspended = |job: &Job| job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true);
+        match listed {
+            Ok(jobs) if jobs.iter().any(suspended) => self.remove(slot, number).await,
+            Ok(_) => {}
+            Err(error) => {
+                tracing::warn!(%error, run = self.inner.run, slot, "whether its queue took a node back is not known")
+            }
+        }
     }
 
     /// Deletes a Job and its pod.

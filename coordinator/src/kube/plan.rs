@@ -1,5 +1,7 @@
 //! A run with its defaults filled in: what to train, and what its pods need. No input or output.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value, json};
 use sgcl_runstore::{RunConfig, RunName};
 
@@ -46,6 +48,10 @@ pub struct PodNeeds {
     pub resources: Resources,
     /// Kueue's queue.
     pub queue: Option<String>,
+    /// Variables beside our own.
+    pub env: BTreeMap<String, String>,
+    /// Further resources, requested and limited alike.
+    pub extended: BTreeMap<String, String>,
     /// The rest goes into the pod as it is.
     pub spec: SgclRunSpec,
 }
@@ -90,7 +96,9 @@ impl Plan {
                     memory: resources.memory.or(fallback.memory),
                     disk: resources.disk.or(fallback.disk),
                 },
-                queue: spec.queue.clone(),
+                queue: spec.queue.clone().or_else(|| defaults.queue.clone()),
+                env: defaults.worker_env.clone(),
+                extended: defaults.worker_resources.clone(),
                 spec: spec.clone(),
             },
         })

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::MANAGER;
 use super::resource::{Phase, SgclRun, SgclRunStatus};
 use crate::machine::Change;
+use crate::metrics::Measure;
 use crate::view::RunView;
 
 /// Numbers are written no more often than this; transitions at once.
@@ -59,6 +60,13 @@ pub fn trains(view: &RunView) -> bool {
     view.phase == "training"
 }
 
+/// Share of the time `spent` in training that was not lost to changes of membership.
+#[must_use]
+pub fn goodput(view: &RunView, spent: Duration) -> f64 {
+    let changing: Duration = view.changes.iter().map(|change| change.took).sum();
+    (1.0 - changing.as_secs_f64() / spent.as_secs_f64().max(1.0)).clamp(0.0, 1.0)
+}
+
 /// The status that tells these facts. What they leave open stays as it was.
 #[must_use]
 pub fn status(before: &SgclRunStatus, now: Timestamp, facts: &Facts) -> SgclRunStatus {
@@ -86,9 +94,7 @@ pub fn status(before: &SgclRunStatus, now: Timestamp, facts: &Facts) -> SgclRunS
                 let gained = done - from;
                 let left = (gained > 0.0).then(|| spent.as_secs_f64() * (1.0 - done) / gained);
                 status.eta = left.map(|seconds| short(Duration::from_secs_f64(seconds.min(1e9))));
-                let changing: Duration = view.changes.iter().map(|change| change.took).sum();
-                let good = 1.0 - changing.as_secs_f64() / spent.as_secs_f64().max(1.0);
-                status.goodput = Some(format!("{:.0}%", good.clamp(0.0, 1.0) * 100.0));
+                status.goodput = Some(format!("{:.0}%", goodput(view, spent) * 100.0));
             }
         }
         if view.samples_per_second > 0.0 {
@@ -151,14 +157,15 @@ pub struct Reporter {
     name: String,
     last: SgclRunStatus,
     written: Option<Instant>,
+    measure: Measure,
 }
 
 impl Reporter {
     /// For a run, going on from the status it has.
     #[must_use]
-    pub fn new(api: Api<SgclRun>, events: Api<Event>, me: String, run: &SgclRun) -> Self {
+    pub fn new(api: Api<SgclRun>, events: Api<Event>, me: String, run: &SgclRun, measure: Measure) -> Self {
         let last = run.status.clone().unwrap_or_default();
-        Self { api, events, me, reference: run.object_ref(&()), name: run.name_any(), last, written: None }
+        Self { api, events, me, reference: run.object_ref(&()), name: run.name_any(), last, written: None, measure }
     }
 
     /// What was written last.
@@ -175,6 +182,7 @@ impl Reporter {
 
     /// Writes what has changed; false where it waits for [`Reporter::due`], or for the API server.
     pub async fn tell(&mut self, facts: &Facts) -> bool {
+        self.measure.note(facts);
         let status = status(&self.last, Timestamp::now(), facts);
         if status == self.last && self.written.is_some() {
             return true;

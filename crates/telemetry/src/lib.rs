@@ -11,6 +11,7 @@
 mod context;
 mod export;
 mod json;
+pub mod metrics;
 
 use std::time::Duration;
 

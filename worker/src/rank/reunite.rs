@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -23,6 +24,7 @@ use super::ring::Ring;
 use super::setup;
 use super::step::Update;
 use super::train::{Place, Position, Trainer};
+use crate::measures;
 use crate::session::Session;
 
 /// Largest record that a rank takes from another.
@@ -70,7 +72,10 @@ impl Trainer {
         let world = self.place.world();
         fact("rank", assignment.rank);
         fact("generation", assignment.generation);
-        let _span = info_span!("rendezvous", generation = assignment.generation, rank = assignment.rank, world).entered();
+        measures::RANK.store(assignment.rank.into(), Ordering::Relaxed);
+        measures::GENERATION.store(assignment.generation, Ordering::Relaxed);
+        let _span =
+            info_span!("rendezvous", generation = assignment.generation, rank = assignment.rank, world).entered();
         ensure!(self.place.rank < world, "rank {} is not in a world of {world}", self.place.rank);
         self.spec.config.check_against(self.subset.len() as u64, world)?;
         let began = Instant::now();
@@ -89,6 +94,7 @@ impl Trainer {
         }
         self.learner.reducer = group.map(|group| setup::reducer(&self.learner.model, &group)).transpose()?;
         session.reunited(self.position.step, from_commit);
+        measures::RENDEZVOUS.add(began.elapsed());
         tracing::info!(
             generation = self.place.generation,
             world,

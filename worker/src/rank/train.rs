@@ -30,6 +30,7 @@ use super::setup;
 use super::step::{Asked, LOSSES, Learner, StepPlan, StepResult};
 use super::tensors::to_stored;
 use super::wait::{LOOK, Wait};
+use crate::measures;
 use crate::session::Session;
 
 /// This rank's place in its generation.
@@ -375,14 +376,17 @@ impl Trainer {
                 .within("load")
                 .in_scope(|| (0..accumulate).map(|_| loader.next(|| wait.look())).collect::<Result<_>>())?;
             let planned = (mine..mine + accumulate).map(|lane| plan.batch_of(lane, self.position.cursor));
+            measures::LOAD.add(began.elapsed());
             ensure!(batches.iter().map(|b| &b.patches[..]).eq(planned), "the loader read other patches than planned");
             let wishes = session.wishes();
             let (every, seconds) = (config.checkpoint.every_steps, config.checkpoint.every_seconds);
             // One rank's clock decides for all.
             let due = self.place.rank == 0 && seconds > 0 && since_commit.elapsed().as_secs() >= seconds;
             let asked = Asked { stop: wishes.stop, pause: wishes.pause.is_some(), commit: due };
+            measures::PATCHES.add(batches.iter().map(|batch| batch.patches.len() as u64).sum());
             let learning = self.traced.within("learn");
             let result = learning.in_scope(|| self.learner.step(self.ring.as_ref(), &step, batches, asked))?;
+            measures::STEP.add(began.elapsed());
             self.position.step += 1;
             self.position.epoch_step += 1;
             self.position.cursor += 1;
@@ -480,15 +484,18 @@ impl Trainer {
         self.tell(session, "checkpoint", self.position.epoch_step, BTreeMap::new(), 0.0);
         let Place { rank, generation, .. } = self.place;
         let step = self.position.step;
+        let began = Instant::now();
         let snapshot = info_span!("snapshot", step, generation, rank);
         let parts = snapshot.in_scope(|| {
             self.learner.same_everywhere(self.ring.as_ref())?;
             self.learner.snapshot(rank, &self.subset)
         })?;
+        measures::SNAPSHOT.add(began.elapsed());
         let writer = PartWriter::new(&self.run, generation, step);
         let (reporter, position, world) = (session.reporter(), self.position.clone(), self.place.world());
         let metrics = self.metrics.flushed(rank == 0);
         let work = async move {
+            let began = Instant::now();
             // Nothing is committed whose metrics are not there.
             metrics.await?;
             let parts = checkpoint::write(&writer, parts).await?;
@@ -497,6 +504,8 @@ impl Trainer {
             } else {
                 String::new()
             };
+            measures::UPLOAD.add(began.elapsed());
+            measures::UPLOADED.add(parts.iter().map(|part| part.bytes).sum());
             let parts = parts.iter().map(part).collect::<Result<_>>()?;
             reporter.parts_written(v1::PartsWritten { progress_json, step, parts });
             Ok(())

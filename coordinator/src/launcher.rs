@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use sgcl_runstore::Lease;
 use tokio::io::{AsyncBufReadExt, BufReader};
@@ -13,6 +14,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::Instrument as _;
+
+/// Between two looks at nodes that are to end.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// What was started for a slot has ended.
 #[derive(Clone, Copy, Debug)]
@@ -141,6 +145,18 @@ impl ProcessLauncher {
     #[must_use]
     pub fn with_threads(self, threads: usize) -> Self {
         Self { threads, ..self }
+    }
+
+    /// Waits until every node has ended, at most so long: one that was sent home may have something to write yet.
+    pub async fn ended(&self, at_most: Duration) {
+        let none = || self.children.lock().map_or(true, |children| children.alive.is_empty());
+        let all = async {
+            while !none() {
+                tokio::time::sleep(LOOK).await;
+            }
+        };
+        // Whoever is left then goes with this process.
+        let _ = tokio::time::timeout(at_most, all).await;
     }
 
     /// Variables that nodes see beside this process's own.

@@ -94,7 +94,10 @@ async fn supervise(args: &NodeArgs) -> Result<ExitCode> {
     let dial = Dial::new(&args.coordinator)?;
     let metrics = NodeMetrics::default();
     if let Some(port) = args.metrics_port {
-        metrics.serve(port, &args.run, &args.node).await?;
+        // Another node on this machine may have the port: training does not need it.
+        if let Err(error) = metrics.serve(port, &args.run, &args.node).await {
+            tracing::warn!("{error:#}");
+        }
     }
     let mut terminate = signal(SignalKind::terminate())?;
     let (ranks, alive) = (JoinSet::new(), BTreeMap::new());

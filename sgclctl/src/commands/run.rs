@@ -28,6 +28,9 @@ use sgcl_runstore::config::BankDtype;
 /// Longest wait for storage that has answered before.
 const HICCUP: Duration = Duration::from_secs(60);
 
+/// Longest wait for nodes that were sent home to end.
+const GOING_HOME: Duration = Duration::from_secs(2);
+
 /// Going on with a run of a bucket as it is.
 impl From<OrderArgs> for RunArgs {
     fn from(args: OrderArgs) -> Self {
@@ -168,13 +171,14 @@ fn describe(name: &RunName, config: &RunConfig, set: &PatchSet, patches: usize, 
 /// Coordinates the run and shows it; Ctrl-C stops it in good order, a second one at once.
 async fn train(spec: &Spec, run: &Store, program: &Path, out: Out) -> Result<Outcome> {
     let listener = TcpListener::bind("127.0.0.1:0").await.context("cannot listen on 127.0.0.1")?;
-    let launcher = ProcessLauncher::new(program.to_owned(), spec.run.to_string(), spec.nodes, spec.ranks_per_node);
+    let nodes = ProcessLauncher::new(program.to_owned(), spec.run.to_string(), spec.nodes, spec.ranks_per_node);
+    let launcher = Arc::new(nodes);
     let (sender, mut view) = watch::channel(RunView::default());
     let (stop, kill) = (CancellationToken::new(), CancellationToken::new());
     let coordinator = Coordinator {
         spec: spec.clone(),
         run: run.clone(),
-        launcher: Arc::new(launcher),
+        launcher: Arc::clone(&launcher),
         view: sender,
         stop: stop.clone(),
         kill: kill.clone(),
@@ -207,6 +211,7 @@ async fn train(spec: &Spec, run: &Store, program: &Path, out: Out) -> Result<Out
             }
         }
     };
+    launcher.ended(GOING_HOME).await;
     progress.finish();
     outcome.context("the coordinator broke off")?
 }

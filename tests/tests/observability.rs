@@ -214,7 +214,7 @@ impl Drop for Child {
 async fn a_workers_node_tells_the_listed_metrics_of_its_ranks_while_they_train() {
     let place = tempfile::tempdir().unwrap();
     let data = place.path().join("patches").display().to_string();
-    support::patch_set(&Store::open(&data).unwrap(), 2, 7).await;
+    support::patch_set(&Store::open(&data).unwrap(), 2, 5).await;
     tokio::task::spawn_blocking(move || scraped(place.path(), &data)).await.unwrap();
 }
 
@@ -223,7 +223,13 @@ fn scraped(place: &Path, data: &str) {
     let programs = Programs::find().unwrap().with(vec![("SGCL_METRICS_PORT", port.to_string())]);
     let bucket = place.join("bucket").display().to_string();
     let sets = ["epochs=2000", "views.global_px=32", "views.local_px=32", "batch.per_rank=8", "device=cpu"];
-    let small = ["objective.negatives=64", "objective.hard=4", "objective.nearest=16", "kmeans.clusters=4"];
+    let small = [
+        "objective.negatives=64",
+        "objective.hard=4",
+        "objective.nearest=16",
+        "kmeans.clusters=4",
+        "kmeans.iterations=5",
+    ];
     let mut words = vec!["run", "--local", "--ranks-per-node", "2", "--name", "told", "--output", "json"];
     words.extend(["--data", data, "--bucket", &bucket]);
     words.extend(sets.iter().chain(&small).flat_map(|set| ["--set", set]));

@@ -18,7 +18,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 
 /// A configuration that trains in seconds.
-const SMALL: [&str; 9] = [
+const SMALL: [&str; 10] = [
     "views.global_px=32",
     "views.local_px=32",
     "batch.per_rank=8",
@@ -26,6 +26,7 @@ const SMALL: [&str; 9] = [
     "objective.hard=16",
     "objective.nearest=16",
     "kmeans.clusters=4",
+    "kmeans.iterations=5",
     "device=cpu",
     "max_restarts=0",
 ];
@@ -116,7 +117,7 @@ struct Place {
 async fn place() -> Place {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("patches").display().to_string();
-    support::patch_set(&Store::open(&data).unwrap(), 2, 7).await;
+    support::patch_set(&Store::open(&data).unwrap(), 2, 5).await;
     Place { bucket: folder.path().join("bucket"), data, _folder: folder }
 }
 
@@ -157,7 +158,7 @@ async fn one_trace_tells_a_run_from_the_command_to_the_ranks() {
         ("SGCL_LOG", "info".into()),
         ("SGCL_LOG_FORMAT", "json".into()),
     ];
-    let (run, ()) = tokio::join!(train(&place, "2", "epochs=12", environment), drain(&place.bucket));
+    let (run, ()) = tokio::join!(train(&place, "2", "epochs=10", environment), drain(&place.bucket));
     let run = run.success();
     let spans = collector.spans();
     let named = |name: &str| spans.iter().filter(|span| span.name == name).collect::<Vec<_>>();
@@ -245,7 +246,7 @@ async fn a_collector_that_answers_nothing_is_in_nobodys_way() {
         ("OTEL_BSP_MAX_QUEUE_SIZE", "4".into()),
         ("SGCL_TRACE_STEPS", "1".into()),
     ];
-    let run = train(&place, "1", "epochs=2", environment).await.success();
+    let run = train(&place, "1", "epochs=1", environment).await.success();
     assert!(run.stdout.lines().last().unwrap().contains("finished"), "{}", run.stdout);
 }
 

@@ -10,7 +10,6 @@ use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tonic::{Code, Status};
-use tracing::Instrument as _;
 
 use crate::dial::{AGAIN, Dial, GIVE_UP};
 
@@ -176,7 +175,8 @@ impl Session {
         let shared = Arc::new(Mutex::new(Shared::default()));
         let mut session = Self { runtime: runtime.clone(), events, orders, shared: Arc::clone(&shared), generation: 0 };
         let line = Line { dial: Dial::new(coordinator)?, hello, shared, inbox, out, kept: Vec::new() };
-        runtime.spawn(line.hold().in_current_span());
+        // Not within the span under way, which would last as long as this task does.
+        runtime.spawn(line.hold());
         match session.next()? {
             rank_order::Order::Welcome(welcome) => Ok((session, welcome)),
             other => bail!("expected a welcome, got {other:?}"),

@@ -214,7 +214,7 @@ impl Drop for Child {
 async fn a_workers_node_tells_the_listed_metrics_of_its_ranks_while_they_train() {
     let place = tempfile::tempdir().unwrap();
     let data = place.path().join("patches").display().to_string();
-    support::patch_set(&Store::open(&data).unwrap(), 2, 5).await;
+    support::patch_set(&Store::open(&data).unwrap(), 2, 7).await;
     tokio::task::spawn_blocking(move || scraped(place.path(), &data)).await.unwrap();
 }
 

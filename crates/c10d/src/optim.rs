@@ -18,6 +18,14 @@ pub struct Sgd {
     pub first: bool,
 }
 
+/// Whether two tensors have one shape and lie in memory alike, so that a kernel may walk them side by side. What a dimension of one
+/// strides by means nothing.
+#[must_use]
+pub fn same_layout(a: &Tensor, b: &Tensor) -> bool {
+    let size = a.size();
+    size == b.size() && size.iter().zip(a.stride()).zip(b.stride()).all(|((&n, a), b)| n == 1 || a == b)
+}
+
 /// One step of `torch.optim.SGD(fused=True)`, in place: d = gradient + decay·p; m ← momentum·m + d; p ← p − lr·m. Lists go together, tensors of a
 /// place have one shape and layout, all are of one kind and device. Gradients are read.
 ///
@@ -31,8 +39,7 @@ pub fn sgd(parameters: &[Tensor], gradients: &[Tensor], momenta: &[Tensor], how:
     }
     for at in 0..count {
         let (p, g, m) = (&parameters[at], &gradients[at], &momenta[at]);
-        // The kernel walks all three as flat memory.
-        if p.size() != g.size() || p.size() != m.size() || p.stride() != g.stride() || p.stride() != m.stride() {
+        if !same_layout(p, g) || !same_layout(p, m) {
             return Err(Error::refused(
                 operation,
                 "a parameter, its gradient and its momentum differ in shape or layout",

@@ -1,6 +1,8 @@
 //! Stochastic gradient descent with momentum, as `torch.optim.SGD`.
 
 use std::collections::BTreeMap;
+
+use sgcl_c10d::optim::same_layout;
 use tch::Tensor;
 
 /// State that does not fit the parameters.
@@ -22,6 +24,18 @@ pub enum OptimError {
     /// libtorch refused.
     #[error(transparent)]
     Kernel(#[from] sgcl_c10d::Error),
+}
+
+/// `tensor` as `parameter` lies in memory: a convolution may leave its gradient channels-last.
+fn laid_out_like(parameter: &Tensor, tensor: Tensor) -> Tensor {
+    if same_layout(parameter, &tensor) {
+        return tensor;
+    }
+    tch::no_grad(|| {
+        let mut out = parameter.detach().zeros_like();
+        out.copy_(&tensor);
+        out
+    })
 }
 
 /// Tensors that one kernel walks, place by place.
@@ -65,7 +79,7 @@ impl Sgd {
                 self.momenta.entry(name.clone()).or_insert_with(|| tch::no_grad(|| parameter.detach().zeros_like()));
             group.momenta.push(momentum.shallow_clone());
             group.parameters.push(parameter.detach());
-            group.gradients.push(gradient);
+            group.gradients.push(laid_out_like(parameter, gradient));
         }
         for (group, first) in [(going, false), (beginning, true)] {
             let Self { momentum, weight_decay, .. } = *self;
@@ -101,8 +115,9 @@ impl Sgd {
             if parameter.size() != m.size() {
                 return Err(OptimError::Shape { name, expected: parameter.size(), got: m.size() });
             }
-            let m = tch::no_grad(|| m.to_device(parameter.device()).to_kind(parameter.kind()).copy());
-            momenta.insert(name, m);
+            let mut own = tch::no_grad(|| parameter.detach().zeros_like());
+            own.copy_(&m);
+            momenta.insert(name, own);
         }
         self.momenta = momenta;
         Ok(())

@@ -94,11 +94,12 @@ pub fn inertia(banks: &Banks, labels: &Tensor, clusters: i64, ring: &dyn Collect
     tch::no_grad(|| {
         let owned = labels.narrow(0, 0, banks.owned());
         let mut members = Members::none(&lloyd);
-        lloyd
-            .blocks(banks.owned(), |start, rows| members.assign(start, &rows, &owned.narrow(0, start, rows.size()[0])));
+        lloyd.blocks(0, banks.owned(), |start, rows| {
+            members.assign(start, &rows, &owned.narrow(0, start, rows.size()[0]))
+        });
         let centres = lloyd.means(&members)?.0;
         let mut total = Tensor::zeros([1], (Kind::Double, banks.device()));
-        lloyd.blocks(banks.owned(), |start, rows| {
+        lloyd.blocks(0, banks.owned(), |start, rows| {
             let own = centres.index_select(0, &owned.narrow(0, start, rows.size()[0]));
             total += (rows - own).square().sum(Kind::Double);
         });
@@ -123,7 +124,9 @@ impl Lloyd<'_> {
         for _ in 0..iterations {
             centres = self.iterate(&centres, &mut members)?;
         }
-        Ok(self.assign(&centres, self.banks.held()))
+        self.reassign(&centres, &mut members);
+        let copies = self.assign(&centres, self.banks.owned(), self.banks.held());
+        Ok(Tensor::cat(&[members.labels, copies], 0))
     }
 
     /// Features of rows, from whoever owns them.
@@ -135,31 +138,41 @@ impl Lloyd<'_> {
     }
 
     fn iterate(&self, centres: &Tensor, members: &mut Members) -> Result<Tensor, CollectiveError> {
-        let compare = Compare::new(centres);
-        let mut scores = Vec::new();
-        self.blocks(self.banks.owned(), |start, rows| {
-            let (score, labels) = compare.nearest(&rows);
-            members.assign(start, &rows, &labels);
-            scores.push(score);
-        });
+        self.reassign(centres, members);
         let (mut centres, counts) = self.means(members)?;
         let empty = counts.eq(0).nonzero().view([-1]);
         if empty.size()[0] > 0 {
-            let far = self.farthest(&scores, empty.size()[0])?;
+            let far = self.farthest(&members.scores, empty.size()[0])?;
             let _ = centres.index_copy_(0, &empty, &self.features(&far)?);
         }
         Ok(centres)
     }
 
+    /// Brings the owned rows to their nearest centres. A row whose own centre is where it was is compared with those that moved alone.
+    fn reassign(&self, centres: &Tensor, members: &mut Members) {
+        let all = Compare::new(centres);
+        let moved = members.centres.replace(centres.shallow_clone()).map(|before| Moved::new(&before, centres));
+        self.blocks(0, self.banks.owned(), |start, rows| {
+            let (scores, labels) = match &moved {
+                None => all.nearest(&rows),
+                Some(moved) => {
+                    let part = |t: &Tensor| t.narrow(0, start, rows.size()[0]).copy();
+                    moved.nearest(&rows, part(&members.scores), part(&members.labels), &all)
+                }
+            };
+            members.scores.narrow(0, start, scores.size()[0]).copy_(&scores);
+            members.assign(start, &rows, &labels);
+        });
+    }
+
     /// Rows farthest from their centres, `count` different ones of all ranks.
-    fn farthest(&self, scores: &[Tensor], count: i64) -> Result<Tensor, CollectiveError> {
+    fn farthest(&self, scores: &Tensor, count: i64) -> Result<Tensor, CollectiveError> {
         let owned = self.banks.owned();
         let mut distances = Vec::new();
-        let mut scores = scores.iter();
-        self.blocks(owned, |_, rows| {
+        self.blocks(0, owned, |start, rows| {
             // |x - c|^2 = |x|^2 - 2 (x.c - |c|^2 / 2)
             let square = rows.square().sum_dim_intlist([1_i64].as_slice(), false, Kind::Float);
-            distances.extend(scores.next().map(|score| square - score * 2.0));
+            distances.push(square - scores.narrow(0, start, rows.size()[0]) * 2.0);
         });
         let device = self.banks.device();
         let all =
@@ -171,13 +184,12 @@ impl Lloyd<'_> {
         Ok(rows.index_select(0, &far.topk(count, 0, true, true).1))
     }
 
-    /// The nearest of `centres` to each of the first `slots` rows.
-    fn assign(&self, centres: &Tensor, slots: i64) -> Tensor {
+    /// The nearest of `centres` to the rows in slots `from` to `to`.
+    fn assign(&self, centres: &Tensor, from: i64, to: i64) -> Tensor {
         let compare = Compare::new(centres);
-        let labels = Tensor::empty([slots], (Kind::Int64, self.banks.device()));
-        self.blocks(slots, |start, rows| {
-            let label = compare.nearest(&rows).1;
-            labels.narrow(0, start, label.size()[0]).copy_(&label);
+        let labels = Tensor::empty([to - from], (Kind::Int64, self.banks.device()));
+        self.blocks(from, to, |start, rows| {
+            labels.narrow(0, start - from, rows.size()[0]).copy_(&compare.nearest(&rows).1);
         });
         labels
     }
@@ -192,12 +204,12 @@ impl Lloyd<'_> {
         Ok((means.to_kind(Kind::Float), counts.view([-1])))
     }
 
-    /// Calls `each` with the first slot and the rows, f32, of every block of the first `slots`.
-    fn blocks(&self, slots: i64, mut each: impl FnMut(i64, Tensor)) {
+    /// Calls `each` with the first slot and the rows, f32, of every block of slots `from` to `to`.
+    fn blocks(&self, from: i64, to: i64, mut each: impl FnMut(i64, Tensor)) {
         let bank = self.banks.bank(Bank::Global);
         let block = if self.banks.device() == Device::Cpu { BLOCK_CPU } else { BLOCK_GPU };
-        for start in (0..slots).step_by(block as usize) {
-            each(start, bank.narrow(0, start, block.min(slots - start)).to_kind(Kind::Float));
+        for start in (from..to).step_by(block as usize) {
+            each(start, bank.narrow(0, start, block.min(to - start)).to_kind(Kind::Float));
         }
     }
 }
@@ -207,6 +219,10 @@ impl Lloyd<'_> {
 struct Members {
     /// (owned), −1 at first.
     labels: Tensor,
+    /// (owned) x·c − |c|²/2 of each row and its centre.
+    scores: Tensor,
+    /// (K, D) that labels and scores are of; none at first.
+    centres: Option<Tensor>,
     /// (K, D) fixed point.
     sums: Tensor,
     /// (K, 1)
@@ -218,6 +234,8 @@ impl Members {
         let options = (Kind::Int64, lloyd.banks.device());
         Self {
             labels: Tensor::full([lloyd.banks.owned()], -1, options),
+            scores: Tensor::zeros([lloyd.banks.owned()], (Kind::Float, lloyd.banks.device())),
+            centres: None,
             sums: Tensor::zeros([lloyd.clusters, lloyd.banks.widths().dim], options),
             counts: Tensor::zeros([lloyd.clusters, 1], options),
         }
@@ -243,6 +261,47 @@ impl Members {
     fn add(&mut self, clusters: &Tensor, fixed: &Tensor, sign: i64) {
         let _ = self.sums.index_add_(0, clusters, &(fixed * sign));
         let _ = self.counts.index_add_(0, clusters, &(clusters.ones_like() * sign).unsqueeze(1));
+    }
+}
+
+/// The centres that are not where they were. After some iterations they are few: most clusters neither win nor lose a row.
+struct Moved {
+    /// (K) bool
+    mask: Tensor,
+    /// Their numbers, (m).
+    numbers: Tensor,
+    compare: Option<Compare>,
+}
+
+impl Moved {
+    fn new(before: &Tensor, centres: &Tensor) -> Self {
+        let mask = before.ne_tensor(centres).any_dim(1, false);
+        let numbers = mask.nonzero().view([-1]);
+        let compare = (numbers.size()[0] > 0).then(|| Compare::new(&centres.index_select(0, &numbers)));
+        Self { mask, numbers, compare }
+    }
+
+    /// Scores and labels (n) of rows (n, D) that had others before: against `all` centres where the own one moved, else against those
+    /// that did, of which only a nearer one counts.
+    fn nearest(&self, rows: &Tensor, mut scores: Tensor, mut labels: Tensor, all: &Compare) -> (Tensor, Tensor) {
+        let Some(compare) = &self.compare else {
+            return (scores, labels);
+        };
+        let lost = self.mask.take(&labels);
+        let at = lost.nonzero().view([-1]);
+        if at.size()[0] > 0 {
+            let (score, label) = all.nearest(&rows.index_select(0, &at));
+            let _ = (scores.index_copy_(0, &at, &score), labels.index_copy_(0, &at, &label));
+        }
+        let at = lost.logical_not().nonzero().view([-1]);
+        if at.size()[0] > 0 {
+            let (score, which) = compare.nearest(&rows.index_select(0, &at));
+            let (own_score, own) = (scores.index_select(0, &at), labels.index_select(0, &at));
+            let nearer = score.gt_tensor(&own_score);
+            let _ = scores.index_copy_(0, &at, &score.maximum(&own_score));
+            let _ = labels.index_copy_(0, &at, &self.numbers.take(&which).where_self(&nearer, &own));
+        }
+        (scores, labels)
     }
 }
 

@@ -73,7 +73,8 @@ async fn finish(running: Running) {
 #[rstest::rstest]
 #[case::sgcl("rank", &[])]
 // Its key encoder and queue are state too: checkpoints compare the weights of all ranks.
-#[case::densecl("rank-with-keys", &["bank.momentum=0", "method=densecl"])]
+#[case::moco_v2("rank-with-keys", &["bank.momentum=0", "method=moco-v2"])]
+#[case::densecl("rank-with-positions", &["bank.momentum=0", "method=densecl"])]
 // Ranks wait for each other in every layer, forward and backward.
 #[case::sync_norm("rank-normalised", &["backbone.sync_norm=true"])]
 #[tokio::test(flavor = "multi_thread")]

@@ -88,6 +88,7 @@ async fn the_same_global_batch_gives_the_same_losses_on_one_rank_two_ranks_and_t
 
 #[rstest::rstest]
 #[case::sgcl(&[])]
+#[case::moco_v2(&["bank.momentum=0", "method=moco-v2"])]
 #[case::densecl(&["bank.momentum=0", "method=densecl"])]
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_stopped_in_mid_epoch_and_resumed_equals_an_undisturbed_one_bit_for_bit(#[case] sets: &[&str]) {

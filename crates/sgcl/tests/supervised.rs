@@ -60,8 +60,9 @@ fn training_and_views_are_those_of_torch() {
     let held: Vec<usize> = (120..200).collect();
     let eva_params = EvaParams { lr: 0.02, batch: 32, steps: 300, patience: 3, ..EvaParams::default() };
     let linear = Recipe { batch: 50, ..Recipe::linear().over(10) };
-    let few = Split { train: (0..16).collect(), test: split.test.clone() };
-    let whole = Recipe { batch: 8, ..Recipe::finetune(0.1).over(5) };
+    // BatchNorm over the eight values of a smaller batch would multiply the rounding of convolutions from step to step.
+    let few = Split { train: (0..64).collect(), test: split.test.clone() };
+    let whole = Recipe { batch: 32, ..Recipe::finetune(0.1).over(5) };
     assert_eq!((linear.milestones, whole.milestones), ([6, 8], [3, 4]));
     let images = Tensor::from_slice(&floats(&mut rng, ROWS * 3 * 32 * 32)).view([-1, 3, 32, 32]);
     let net = Backbone::new(Arch::ResNet18, Device::Cpu);
@@ -110,8 +111,7 @@ fn training_and_views_are_those_of_torch() {
     assert_close("linear", &found.unwrap(), &answers["linear"], 1e-4);
     assert_eq!(told, (1..=10).collect::<Vec<u64>>());
     let found = train(problem(&few, 512), Some(&net), &whole, seed(), |_, rows| take(&images, rows), |_| ());
-    // BatchNorm over eight values multiplies the rounding of convolutions from step to step: seeds were seen up to 4e-3 apart.
-    assert_close("finetune", &found.unwrap(), &answers["finetune"], 1e-2);
+    assert_close("finetune", &found.unwrap(), &answers["finetune"], 2e-3);
 
     let image = RgbImage::new(SIDE, SIDE, picture).unwrap();
     let mut renderer = Renderer::new();

@@ -30,6 +30,24 @@ pub(crate) async fn main(command: EvalCommand, out: Out) -> Result<Exit> {
     }
 }
 
+/// Keeps results with a run, as `eval/<weights><task>.json`, with what `asked` says of the call.
+async fn keep(run: &Store, results: &[Value], asked: &Value, task: &str) -> Result<()> {
+    for result in results {
+        let Some(weights) = result["weights"].as_str() else { continue };
+        let mut kept = result.clone();
+        for (key, value) in asked.as_object().into_iter().flatten() {
+            kept[key.as_str()] = value.clone();
+        }
+        kept["time"] = json!(jiff::Timestamp::now());
+        // What only the page draws would make every `status` long.
+        for protocol in kept["protocols"].as_array_mut().into_iter().flatten().filter_map(Value::as_object_mut) {
+            let _ = (protocol.remove("roc"), protocol.remove("mistakes"));
+        }
+        status::write_eval(run, &format!("{}{task}", file_name(weights)), &kept).await?;
+    }
+    Ok(())
+}
+
 /// Evaluates encoders on a labelled patch set.
 async fn patches(args: EvalArgs, out: Out) -> Result<Exit> {
     if !(args.holdout_fraction > 0.0 && args.holdout_fraction < 1.0) {
@@ -45,18 +63,7 @@ async fn patches(args: EvalArgs, out: Out) -> Result<Exit> {
         out.note(remark);
     }
     for (name, run) in &runs {
-        for result in &results {
-            let Some(weights) = result["weights"].as_str() else { continue };
-            let mut kept = result.clone();
-            kept["data"] = json!(args.data);
-            kept["seed"] = json!(args.seed);
-            kept["time"] = json!(jiff::Timestamp::now());
-            // What only the page draws would make every `status` long.
-            for protocol in kept["protocols"].as_array_mut().into_iter().flatten().filter_map(Value::as_object_mut) {
-                let _ = (protocol.remove("roc"), protocol.remove("mistakes"));
-            }
-            status::write_eval(run, &file_name(weights), &kept).await?;
-        }
+        keep(run, &results, &json!({ "data": args.data, "seed": args.seed }), "").await?;
         out.note(format!("kept with run {name}: `sgclctl report` shows them"));
     }
     if out.json() {

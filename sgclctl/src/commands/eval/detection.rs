@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use sgcl_runstore::{export, status};
+use sgcl_runstore::export;
 use tempfile::TempDir;
 
 use crate::cli::detection::DetectionArgs;
@@ -14,7 +14,7 @@ use crate::output::{Out, count};
 use crate::table as layout;
 
 use super::table::{figure, remarks};
-use super::{file_name, is_run, runs_to_keep_with, transfer, worker};
+use super::{is_run, keep, runs_to_keep_with, transfer, worker};
 
 pub(crate) async fn main(args: DetectionArgs, out: Out) -> Result<Exit> {
     if let Some(baseline) = args.weights.iter().find(|weights| *weights == "colour-histogram") {
@@ -56,14 +56,7 @@ pub(crate) async fn main(args: DetectionArgs, out: Out) -> Result<Exit> {
         out.note(remark);
     }
     for (name, run) in &runs {
-        for result in &results {
-            let Some(weights) = result["weights"].as_str() else { continue };
-            let mut kept = result.clone();
-            kept["data"] = json!(args.data);
-            kept["seed"] = json!(args.seed);
-            kept["time"] = json!(jiff::Timestamp::now());
-            status::write_eval(run, &format!("{}-detection", file_name(weights)), &kept).await?;
-        }
+        keep(run, &results, &json!({ "data": args.data, "seed": args.seed }), "-detection").await?;
         out.note(format!("kept with run {name}"));
     }
     if out.json() {

@@ -7,7 +7,7 @@
 //! Three parts in one call. `ours`: a run of real workers under a coordinator in this process, over a bucket in a folder (or S3 over HTTP), to its
 //! end; its metrics, events and commits are read back from the bucket, and `verify` proves its samples. `torchrun`: a DDP script that checkpoints
 //! as often, hit at the same steps in the same way. `cost`: the step time of the same learner bare, in a world formed over c10d alone, and in
-//! the system with and without checkpoints and replicas, by turns. Bars are printed beside what was measured, never asserted.
+//! the system with and without checkpoints and replicas, all alive at once and by turns. Bars are printed beside what was measured, never asserted.
 //! The last line is one JSON object.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, unreachable_pub)]
 
@@ -40,16 +40,16 @@ preemption [--quick]             small sizes: under three minutes, for developme
            [--faults KINDS]      of notice,rank,node,away,all,hang,silent, in the order to apply them [default: twelve, mixed]
            [--steps COUNT]       steps of the run that is hit [1600]
            [--every STEPS]       between checkpoints [400]
-           [--ranks COUNT]       ranks of each of the two nodes [2]
+           [--ranks COUNT]       ranks of each of the two nodes [1]
            [--method NAME]       sgcl (one global and four local views a sample) or npid (the global one alone) [sgcl]
            [--px SIDE]           of a view [32]
            [--batch COUNT]       samples of a rank's step [8]
            [--step-timeout S]    ours: silence that counts as a hang [4]
            [--away S]            how long a node of the fault `away` stays away [20]
            [--hang-wait S]       how long torchrun is given to notice a hang or a silent node [60]
-           [--repeat TIMES]      turns of each configuration in `cost` [5]
-           [--cost-steps COUNT]  steps of each, two ranks on two nodes [240]
-           [--cost-every STEPS]  between checkpoints there [100]
+           [--cost-seconds S]    that four worlds of two ranks on two nodes take turns in `cost` [600]
+           [--cost-every STEPS]  between checkpoints there [50]
+           [--repeat TIMES]      stretches of that time, each compared for itself [10]
            [--s3]                the bucket is S3 over HTTP, served by this program
            [--log FILE]          everything that coordinator and workers say, with times
 SGCL_SEED decides which ranks and nodes are hit, and when within a step.";
@@ -69,7 +69,7 @@ struct Args {
     away: Duration,
     hang_wait: Duration,
     repeat: usize,
-    cost_steps: u64,
+    cost_seconds: u64,
     cost_every: u64,
     seed: u64,
     s3: bool,
@@ -102,16 +102,16 @@ fn args() -> Args {
         faults: faults::MIXED.to_vec(),
         steps: 1600,
         every: 400,
-        ranks: 2,
+        ranks: 1,
         method: "sgcl".into(),
         px: 32,
         batch: 8,
         step_timeout: 4,
         away: Duration::from_secs(20),
         hang_wait: Duration::from_secs(60),
-        repeat: 5,
-        cost_steps: 240,
-        cost_every: 100,
+        repeat: 10,
+        cost_seconds: 600,
+        cost_every: 50,
         seed: std::env::var("SGCL_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1),
         s3: false,
         bucket: None,
@@ -125,7 +125,7 @@ fn args() -> Args {
                 args.faults = vec![Kind::Notice, Kind::Rank, Kind::All, Kind::Hang];
                 (args.steps, args.every, args.ranks, args.method) = (160, 40, 1, "npid".into());
                 args.hang_wait = Duration::from_secs(5);
-                (args.repeat, args.cost_steps, args.cost_every) = (1, 50, 20);
+                (args.repeat, args.cost_seconds, args.cost_every) = (1, 40, 20);
             }
             "--parts" => args.parts = value().split(',').map(String::from).collect(),
             "--faults" => args.faults = value().split(',').map(|kind| kind.parse().expect(HELP)).collect(),
@@ -139,7 +139,7 @@ fn args() -> Args {
             "--away" => args.away = Duration::from_secs(value().parse().expect(HELP)),
             "--hang-wait" => args.hang_wait = Duration::from_secs(value().parse().expect(HELP)),
             "--repeat" => args.repeat = value().parse().expect(HELP),
-            "--cost-steps" => args.cost_steps = value().parse().expect(HELP),
+            "--cost-seconds" => args.cost_seconds = value().parse().expect(HELP),
             "--cost-every" => args.cost_every = value().parse().expect(HELP),
             "--s3" => args.s3 = true,
             "--bucket" => args.bucket = Some(value()),

@@ -101,7 +101,7 @@ pub fn print(
         println!("samples missed in {epochs} epochs: {missed}; verify {holds}: {:?}", ours.proof.problems);
     }
     if let Some(cost) = cost {
-        println!("\n{} turns of {} steps, two nodes of one rank", cost.bare.len(), cost.steps);
+        println!("\n{} stretches, {} steps or more, two nodes of one rank", cost.bare.len(), cost.steps);
         for (what, seconds) in [
             ("bare c10d, no second copies", &cost.bare),
             ("system, no second copies", &cost.single),

@@ -3,10 +3,11 @@
 
 use std::io::Write;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use jiff::Timestamp;
 use sgcl::kmeans::{self, KMeans};
 use sgcl::schedule;
 use sgcl_c10d::{Interface, ProcessGroup, Store as Rendezvous};
@@ -44,7 +45,7 @@ pub(crate) struct BareArgs {
     steps: usize,
 }
 
-/// Trains, then writes the seconds since the first step began, one line for each step's end.
+/// Trains; writes a line at each step's end, the time (RFC 3339).
 pub(crate) fn main(runtime: &Handle, args: &BareArgs, out: &mut impl Write) -> Result<()> {
     let run = Store::open(&args.run_url)?;
     let spec = runtime.block_on(Spec::find(&run))?.context("there is no run at this address")?;
@@ -92,8 +93,6 @@ pub(crate) fn main(runtime: &Handle, args: &BareArgs, out: &mut impl Write) -> R
     };
     let loader = Loader::start(Arc::clone(&trainer.reader), Arc::clone(&trainer.pool), trainer.views.clone(), load)?;
     let lr = schedule::cosine(config.base_lr(world), 0, u64::from(config.epochs));
-    let mut ends = Vec::with_capacity(args.steps);
-    let began = Instant::now();
     for at in 0..args.steps {
         let row = |&id: &u32| trainer.subset.row_of(id).map(i64::from).context("a patch that is not trained on");
         let rows = (0..lanes)
@@ -110,11 +109,8 @@ pub(crate) fn main(runtime: &Handle, args: &BareArgs, out: &mut impl Write) -> R
         };
         let batches: Vec<LaneBatch> = (0..accumulate).map(|_| loader.next(|| Ok(()))).collect::<Result<_>>()?;
         trainer.learner.step(trainer.ring.as_ref(), &step, batches, Asked::default())?;
-        ends.push(began.elapsed().as_secs_f64());
+        writeln!(out, "{}", Timestamp::now())?;
     }
     trainer.ring.barrier()?;
-    for end in ends {
-        writeln!(out, "{end}")?;
-    }
     Ok(())
 }

@@ -17,20 +17,6 @@ use tokio::net::TcpListener;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Request, Response, Status};
 
-/// A configuration that trains in seconds.
-const SMALL: [&str; 10] = [
-    "views.global_px=32",
-    "views.local_px=32",
-    "batch.per_rank=8",
-    "objective.negatives=64",
-    "objective.hard=16",
-    "objective.nearest=16",
-    "kmeans.clusters=4",
-    "kmeans.iterations=5",
-    "device=cpu",
-    "max_restarts=0",
-];
-
 /// A span, as it was received.
 #[derive(Clone, Debug)]
 struct Span {
@@ -126,8 +112,9 @@ async fn train(place: &Place, nodes: &str, epochs: &str, environment: Vec<(&'sta
     let programs = Programs::find().unwrap().with(environment);
     let bucket = place.bucket.display().to_string();
     let mut words = vec!["run", "--local", "--nodes", nodes, "--name", "traced", "--output", "json"];
-    words.extend(["--data", &place.data, "--bucket", &bucket, "--set", epochs]);
-    words.extend(SMALL.iter().flat_map(|set| ["--set", set]));
+    words.extend(["--data", &place.data, "--bucket", &bucket]);
+    // Of one key the last value counts.
+    words.extend(support::SMALL.iter().chain([&epochs]).flat_map(|set| ["--set", set]));
     let words: Vec<String> = words.into_iter().map(str::to_owned).collect();
     let call = move || programs.call(&words.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
     tokio::task::spawn_blocking(call).await.unwrap()

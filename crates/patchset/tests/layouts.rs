@@ -1,29 +1,20 @@
 //! Ingest from the layouts that others publish: CLAM's and TRIDENT's coordinates, Camelyon16's polygons, NCT-CRC's class folders.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+mod support;
+
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 
 use image::{Rgb, RgbImage};
 use rstest::rstest;
 use sgcl_patchset::ingest::{IngestError, IngestOptions, IngestReport, Scale, ingest};
 use sgcl_patchset::{PatchSet, Store};
+use support::{layout, text};
 use tempfile::TempDir;
 
 /// Side of a patch.
 const PX: u32 = 32;
-
-fn layout(arguments: &[&str]) {
-    let python = std::env::var_os("SGCL_PYTHON").expect("SGCL_PYTHON is not set; run `make setup`");
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/oracles/layouts.py");
-    let out = Command::new(python).arg(script).args(arguments).env_remove("LD_LIBRARY_PATH").output().unwrap();
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 /// A slide of 256 × 256 px whose colour says where one is.
 fn slide(folder: &TempDir, name: &str) -> PathBuf {

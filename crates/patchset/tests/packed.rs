@@ -1,8 +1,9 @@
 //! Ingest of images inside other files, tars of WebDataset and Parquet as on Hugging Face, and of the tiles that a list names.
 #![allow(clippy::unwrap_used, clippy::expect_used, missing_docs)]
 
+mod support;
+
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 
 use arrow::array::{ArrayRef, BinaryArray, Int64Array, RecordBatch, StringArray, StructArray};
@@ -15,18 +16,8 @@ use rstest::rstest;
 use serde_json::{Value, json};
 use sgcl_patchset::ingest::{IngestError, IngestOptions, IngestReport, Scale, ingest};
 use sgcl_patchset::{PatchSet, Store};
+use support::{layout, text};
 use tempfile::TempDir;
-
-fn layout(arguments: &[&str]) {
-    let python = std::env::var_os("SGCL_PYTHON").expect("SGCL_PYTHON is not set; run `make setup`");
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/oracles/layouts.py");
-    let out = Command::new(python).arg(script).args(arguments).env_remove("LD_LIBRARY_PATH").output().unwrap();
-    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().unwrap()
-}
 
 fn options() -> IngestOptions {
     IngestOptions { patch_px: 32, scale: Scale::Level(0), ..IngestOptions::default() }

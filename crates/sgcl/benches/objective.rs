@@ -19,17 +19,20 @@ use sgcl::collective::{Collective, Solo, Threads};
 use sgcl::draws::{HardRanks, negatives};
 use sgcl::model::{Model, Views};
 use sgcl::neighbours::Lattice;
-use sgcl::objective::{HardKey, Negatives, Params, Pool, StepInputs, StepOutput, step};
+use sgcl::objective::{HardKey, Local, Negatives, Params, Pool, StepInputs, StepOutput, step};
 use tch::{Device, Kind, Tensor};
 
-/// ResNet-18's widths.
-const WIDTHS: Widths = Widths { dim: 128, backbone: 512, local: 128 };
+/// ResNet-18's.
+const DIM: i64 = 128;
+const BACKBONE: i64 = 512;
 const SEED: u64 = 7;
 const HELP: &str = "\
 objective [--n ROWS] [--batch ANCHORS] [--repeat TIMES] [--dtype fp32|bf16|fp16] [--threads COUNT]
           [--dense-n ROWS]      rows of the comparison with the dense step; 0 leaves it out (at 681,486 it needs 21 GB)
           [--sampled ROWS,ROWS] bank sizes that the sampled mode is timed at; 0 leaves it out
           [--worlds RANKS]      ranks of the scaling table, as threads of one process; 0 leaves it out
+          [--global-only]       no local views (npid-mcrop's terms and SGCL's neighbours without corner banks): 10,000,000 rows in bf16 take
+                                13 GB so, and 23 GB with them; comparison and scaling are left out
           [--network]           times ResNet-18, forward and backward, on the same cores";
 
 #[derive(Clone)]
@@ -43,6 +46,7 @@ struct Args {
     sampled: Vec<i64>,
     world: usize,
     network: bool,
+    local: bool,
     child: Option<String>,
     data: Option<String>,
 }
@@ -58,6 +62,7 @@ fn args() -> Args {
         sampled: vec![100_000, 4_000_000],
         world: 4,
         network: false,
+        local: true,
         child: None,
         data: None,
     };
@@ -75,6 +80,7 @@ fn args() -> Args {
                 args.sampled = value().split(',').map(|n| n.parse().expect(HELP)).filter(|&n| n > 0).collect()
             }
             "--network" => args.network = true,
+            "--global-only" => (args.local, args.dense, args.world) = (false, 0, 0),
             "--dtype" => {
                 args.dtype = match value().as_str() {
                     "fp32" => Kind::Float,
@@ -172,6 +178,9 @@ fn child(args: &Args, what: &str, n: i64, data: Option<&Path>) -> Value {
         _ => "fp32",
     };
     command.args(["--dtype", dtype]);
+    if !args.local {
+        command.arg("--global-only");
+    }
     if let Some(data) = data {
         command.arg("--data").arg(data);
     }
@@ -242,9 +251,9 @@ impl Case {
             ys,
             negatives: negatives(SEED, 0, 0, 0, params.negatives as usize, n),
             ranks: Tensor::from_slice(&hard.draw(SEED, 0, 0, 0)),
-            q: rows(args.batch, WIDTHS.dim).set_requires_grad(true),
-            x: rows(args.batch, WIDTHS.backbone),
-            ql: rows(4 * args.batch, WIDTHS.dim).set_requires_grad(true),
+            q: rows(args.batch, DIM).set_requires_grad(true),
+            x: rows(args.batch, BACKBONE),
+            ql: rows(4 * args.batch, args.widths().local).set_requires_grad(true),
         }
     }
 
@@ -290,13 +299,25 @@ fn clusters(rows: &Tensor) -> Tensor {
     rows.divide_scalar_mode(97, "floor").remainder(1000)
 }
 
-fn params() -> Params {
-    Params::default()
+impl Args {
+    fn params(&self) -> Params {
+        let local = if self.local { Local::Corners } else { Local::None };
+        Params { local, ..Params::default() }
+    }
+
+    fn widths(&self) -> Widths {
+        Widths { dim: DIM, backbone: BACKBONE, local: if self.local { DIM } else { 0 } }
+    }
+
+    /// Those of `rank`.
+    fn banks(&self, plan: ShardPlan, rank: usize) -> Banks {
+        Banks::random(SEED, self.n, self.widths(), plan, rank, (self.dtype, Device::Cpu))
+    }
 }
 
 fn ours(args: &Args) -> Value {
-    let params = params();
-    let mut banks = Banks::random(SEED, args.n, WIDTHS, ShardPlan::new(&[0], false), 0, (args.dtype, Device::Cpu));
+    let params = args.params();
+    let mut banks = args.banks(ShardPlan::new(&[0], false), 0);
     let case = Case::new(args, &params, args.n, 0, 1);
     let labels = clusters(banks.slot_rows());
     let pool = Pool::exact(&banks);
@@ -356,8 +377,8 @@ fn write(path: &str, case: &Case, rows: BankRows, params: &Params) {
 
 fn sampled(args: &Args) -> Value {
     const SAMPLE: i64 = 65_536;
-    let params = params();
-    let mut banks = Banks::random(SEED, args.n, WIDTHS, ShardPlan::new(&[0], false), 0, (args.dtype, Device::Cpu));
+    let params = args.params();
+    let mut banks = args.banks(ShardPlan::new(&[0], false), 0);
     let case = Case::new(args, &params, SAMPLE, 0, 1);
     let labels = clusters(banks.slot_rows());
     let mut seconds = Vec::new();
@@ -373,7 +394,7 @@ fn sampled(args: &Args) -> Value {
 }
 
 fn network(args: &Args) -> Value {
-    let model = Model::new("resnet18".parse().unwrap(), WIDTHS.dim, Device::Cpu);
+    let model = Model::new("resnet18".parse().unwrap(), DIM, Device::Cpu);
     model.init(SEED);
     let images = |count, side| Tensor::randn([count, 3, side, side], (Kind::Float, Device::Cpu));
     let views = Views { global: images(args.batch, 224), local: Some(images(4 * args.batch, 96)), key: None };
@@ -389,7 +410,7 @@ fn network(args: &Args) -> Value {
 
 /// Bank memory and bytes on the wire, by world.
 fn world(args: &Args) -> Value {
-    let one = Banks::random(SEED, args.n, WIDTHS, ShardPlan::new(&[0], false), 0, (args.dtype, Device::Cpu)).bytes();
+    let one = args.banks(ShardPlan::new(&[0], false), 0).bytes();
     let mut rows = Vec::new();
     for (world, replicas) in [(2, true), (args.world, false), (args.world, true)] {
         let ranks: Vec<_> = Threads::world(world)
@@ -397,10 +418,10 @@ fn world(args: &Args) -> Value {
             .map(|ring| {
                 let args = args.clone();
                 std::thread::spawn(move || {
-                    let params = params();
+                    let params = args.params();
                     let nodes: Vec<usize> = (0..world).collect();
                     let plan = ShardPlan::new(&nodes, replicas);
-                    let mut banks = Banks::random(SEED, args.n, WIDTHS, plan, ring.rank(), (args.dtype, Device::Cpu));
+                    let mut banks = args.banks(plan, ring.rank());
                     let case = Case::new(&args, &params, args.n, ring.rank(), world);
                     let labels = clusters(banks.slot_rows());
                     let pool = Pool::exact(&banks);
@@ -427,7 +448,7 @@ fn world(args: &Args) -> Value {
 
 /// Bytes a rank sends in a step, hard negatives by rank: the table in `objective`'s documentation.
 fn wire(args: &Args, params: &Params, case: &Case, world: f64) -> f64 {
-    let (d, db) = (WIDTHS.dim as f64, WIDTHS.backbone as f64);
+    let (d, db) = (DIM as f64, BACKBONE as f64);
     let (b, n, a) = (args.batch as f64 * world, args.n as f64, params.auxiliary as f64);
     let most = (n / world).ceil();
     let even = params.nearest as f64 / world;

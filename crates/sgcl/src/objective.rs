@@ -31,6 +31,7 @@
 mod background;
 mod batch;
 mod hard;
+mod highest;
 mod inter;
 mod params;
 mod pool;

@@ -87,6 +87,8 @@ pub fn print(
     row("kill of a rank: stepping after, s", &[Kind::Rank], 2, |e| e.stepping);
     row("kill of a node: stepping after, s", &[Kind::Node, Kind::Away], 2, |e| e.stepping);
     row("kill of all: stepping after, s", &[Kind::All], 2, |e| e.stepping);
+    row("notice: no step for, s", &[Kind::Notice], 2, |e| e.still);
+    row("kill, a copy lives: no step for, s", &[Kind::Rank, Kind::Node, Kind::Away], 2, |e| e.still);
     row("hang: stepping after, s", &[Kind::Hang], 2, |e| e.stepping);
     row("silent node: stepping after, s", &[Kind::Silent], 2, |e| e.stepping);
     row("steps while a node was away", &[Kind::Away], 0, |e| e.while_away.map(|steps| steps as f64));
@@ -150,13 +152,15 @@ fn bars(
         // Both sides give a line up after 1.5 s without a beat and as long again.
         bar("silent node → stepping, most, s", 3.0 + 1.0, stepping(&[Kind::Silent]).largest());
         bar("step's end → commit, median, s", 5.0, ours.commits.median());
-        let kills = stepping(&[Kind::Rank, Kind::Node, Kind::Away]).median();
-        if let Some(kills) = kills {
-            bar(
-                "notice → stepping over kill → stepping, medians",
-                1.0,
-                stepping(&[Kind::Notice]).median().map(|n| n / kills),
-            );
+        // After a notice the world goes on stepping until all stop at the same step, so both are told: the first step of the smaller world,
+        // and how long no step ended.
+        let median = |kinds: &[Kind], of: fn(&Effects) -> Option<f64>| figure(&ours.effects, kinds, of).median();
+        for (what, of) in [
+            ("notice → stepping over kill → stepping, medians", (|e| e.stepping) as fn(&Effects) -> Option<f64>),
+            ("no step after a notice over no step after a kill, medians", |e| e.still),
+        ] {
+            let both = median(&[Kind::Notice], of).zip(median(&[Kind::Rank, Kind::Node, Kind::Away], of));
+            bar(what, 1.0, both.map(|(notice, kill)| notice / kill));
         }
         for (what, kinds) in
             [("a rank", &[Kind::Rank][..]), ("a node", &[Kind::Node, Kind::Away]), ("all", &[Kind::All])]

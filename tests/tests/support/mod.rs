@@ -69,6 +69,23 @@ fn texture(slide: u64, x: i32, y: i32, grain: usize) -> Vec<u8> {
     out
 }
 
+/// What makes a run train in seconds.
+pub const SMALL: [&str; 13] = [
+    "epochs=2",
+    "views.global_px=32",
+    "views.local_px=32",
+    "batch.per_rank=8",
+    "objective.negatives=64",
+    "objective.hard=16",
+    "objective.nearest=16",
+    "kmeans.clusters=4",
+    "kmeans.iterations=5",
+    "device=cpu",
+    "startup_timeout_s=60",
+    "step_timeout_s=60",
+    "max_restarts=0",
+];
+
 /// A configuration that trains in seconds.
 pub fn config(overrides: &[&str]) -> RunConfig {
     let overrides: Vec<String> = overrides.iter().map(|s| (*s).to_owned()).collect();
@@ -77,22 +94,7 @@ pub fn config(overrides: &[&str]) -> RunConfig {
 
 /// The same of a configuration file.
 pub fn small(file: Option<&std::path::Path>, overrides: &[String]) -> RunConfig {
-    let base = [
-        "epochs=2",
-        "views.global_px=32",
-        "views.local_px=32",
-        "batch.per_rank=8",
-        "objective.negatives=64",
-        "objective.hard=16",
-        "objective.nearest=16",
-        "kmeans.clusters=4",
-        "kmeans.iterations=5",
-        "device=cpu",
-        "startup_timeout_s=60",
-        "step_timeout_s=60",
-        "max_restarts=0",
-    ];
-    let sets: Vec<String> = base.iter().map(|s| (*s).to_owned()).chain(overrides.iter().cloned()).collect();
+    let sets: Vec<String> = SMALL.iter().map(|s| (*s).to_owned()).chain(overrides.iter().cloned()).collect();
     RunConfig::load(file, &sets).unwrap()
 }
 

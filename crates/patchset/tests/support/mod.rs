@@ -77,3 +77,17 @@ pub(crate) async fn write(store: &Store, slides: u8, side: i32, options: WriterO
     }
     writer.finish(|_, _| {}).await.unwrap()
 }
+
+/// Draws a layout: `tests/oracles/layouts.py` with these arguments.
+pub(crate) fn layout(arguments: &[&str]) {
+    let python = std::env::var_os("SGCL_PYTHON").expect("SGCL_PYTHON is not set; run `make setup`");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/oracles/layouts.py");
+    let out =
+        std::process::Command::new(python).arg(script).args(arguments).env_remove("LD_LIBRARY_PATH").output().unwrap();
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// A path as text.
+pub(crate) fn text(path: &std::path::Path) -> &str {
+    path.to_str().unwrap()
+}

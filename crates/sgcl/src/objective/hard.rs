@@ -8,7 +8,7 @@
 use super::batch::Batch;
 use super::params::{HardBy, Variant};
 use super::positives::{Positives, RowLists, best};
-use super::{Context, StepError, StepInputs};
+use super::{Context, StepError, StepInputs, highest};
 use crate::bank::Bank;
 use crate::collective::Collective;
 use sgcl_draw::Purpose;
@@ -79,17 +79,15 @@ pub(super) fn find(
 
 /// Rows at `ranks`: (B, H) places, and which are this rank's.
 fn ranked(scores: &Tensor, ranks: &Tensor, cx: &Context<'_>) -> Result<(Tensor, Tensor), StepError> {
-    // Nothing below the last rank that was drawn needs an order.
-    let top = ranks.max().int64_value(&[]) + 1;
     if cx.ring.world() == 1 {
-        let places = scores.topk(top, 1, true, true).1.index_select(1, ranks);
+        let places = highest::at_ranks(scores, ranks);
         let valid = places.ones_like().to_kind(Kind::Bool);
         return Ok((places, valid));
     }
-    let width = top.min(cx.pool.most());
+    let width = (ranks.max().int64_value(&[]) + 1).min(cx.pool.most());
     let (values, places) = best(scores, width);
     let all = cx.ring.all_gather(&values.unsqueeze(0))?.transpose(0, 1).reshape([scores.size()[0], -1]);
-    let picked = all.argsort_stable(true, 1, true).index_select(1, ranks);
+    let picked = highest::at_ranks(&all, ranks);
     let mine = picked.floor_divide_scalar(width).eq(cx.ring.rank() as i64);
     let places = places.gather(1, &(picked.remainder(width) * &mine), false);
     Ok((places, mine))

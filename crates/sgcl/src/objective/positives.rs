@@ -2,7 +2,7 @@
 
 use super::batch::Batch;
 use super::params::Variant;
-use super::{Context, StepError, StepInputs};
+use super::{Context, StepError, StepInputs, highest};
 use crate::bank::{Bank, Banks};
 use tch::{Kind, Tensor};
 
@@ -150,7 +150,7 @@ pub(super) fn unite(spatial: &RowLists, semantic: &RowLists, cx: &Context<'_>) -
 pub(super) fn nearest(scores: &Tensor, k: i64, cx: &Context<'_>) -> Result<(Tensor, Tensor), StepError> {
     let (world, here) = (cx.ring.world() as i64, scores.size()[1]);
     if world == 1 {
-        let places = scores.topk(k, 1, true, false).1;
+        let places = highest::places(scores, k);
         let valid = places.ones_like().to_kind(Kind::Bool);
         return Ok((places, valid));
     }
@@ -162,7 +162,7 @@ pub(super) fn nearest(scores: &Tensor, k: i64, cx: &Context<'_>) -> Result<(Tens
         let (values, places) = best(scores, width);
         let all = cx.ring.all_gather(&values.unsqueeze(0))?;
         let merged = all.transpose(0, 1).reshape([scores.size()[0], -1]);
-        let threshold = merged.topk(k.min(merged.size()[1]), 1, true, true).0.select(1, -1).unsqueeze(1);
+        let threshold = highest::sorted(&merged, k.min(merged.size()[1])).0.select(1, -1).unsqueeze(1);
         let cut_short = || {
             let last = all.select(2, width - 1);
             bool::try_from(last.ge_tensor(&threshold.squeeze_dim(1)).logical_and(&last.isfinite()).any())
@@ -180,7 +180,7 @@ pub(super) fn nearest(scores: &Tensor, k: i64, cx: &Context<'_>) -> Result<(Tens
 /// The best `width` scores of each row, high to low, with their places; −∞ where a rank has fewer.
 pub(super) fn best(scores: &Tensor, width: i64) -> (Tensor, Tensor) {
     let here = scores.size()[1];
-    let (values, places) = scores.topk(width.min(here), 1, true, true);
+    let (values, places) = highest::sorted(scores, width.min(here));
     if here >= width {
         return (values, places);
     }

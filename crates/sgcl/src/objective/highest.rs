@@ -6,7 +6,7 @@
 
 use std::panic::resume_unwind;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 /// Scores of a row that suggest its threshold.
 const SAMPLE: usize = 8192;
@@ -178,6 +178,7 @@ mod tests {
     use super::*;
     use rand::Rng as _;
     use sgcl_draw::{Purpose, rng};
+    use tch::Kind;
 
     fn seed() -> u64 {
         std::env::var("SGCL_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(1)

@@ -22,7 +22,7 @@ pub const CORNERS: [&str; 4] = ["tl", "tr", "bl", "br"];
 
 /// Rows drawn or converted at once.
 const BLOCK: i64 = 1 << 16;
-const BLOCK_CPU: i64 = 1 << 10;
+const BLOCK_CPU: i64 = 1 << 12;
 
 /// Rows that cannot be read from or written to a bank.
 #[derive(Debug, thiserror::Error)]

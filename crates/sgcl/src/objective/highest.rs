@@ -12,6 +12,11 @@ use tch::{Device, Tensor};
 const SAMPLE: usize = 8192;
 /// Scores compared with the threshold at once.
 const LANES: usize = 16;
+/// Values of a digit of 11 bits, and digits of 32.
+const DIGITS: usize = 1 << 11;
+const PASSES: u32 = 3;
+/// Scores that a thread of its own is worth.
+const WORTH: usize = 1 << 16;
 
 /// Places of the `k` highest scores of each row of `scores` (B, N) f32: (B, k) i64, in any order.
 pub(super) fn places(scores: &Tensor, k: i64) -> Tensor {
@@ -63,13 +68,6 @@ fn stack(rows: &[Vec<i64>], scores: &Tensor) -> Tensor {
 /// What `of` makes of each row, on as many threads as libtorch has.
 fn each_row(scores: &Tensor, of: impl Fn(&mut Row) -> Vec<i64> + Sync) -> Vec<Vec<i64>> {
     let mut rows = scores.unbind(0);
-    let threads = usize::try_from(tch::get_num_threads()).unwrap_or(1).max(1);
-    let share = rows.len().div_ceil(threads);
-    let mut shares = Vec::new();
-    while !rows.is_empty() {
-        let rest = rows.split_off(share.min(rows.len()));
-        shares.push(std::mem::replace(&mut rows, rest));
-    }
     let of = &of;
     let work = |share: Vec<Tensor>| {
         let mut row = Row::default();
@@ -79,6 +77,16 @@ fn each_row(scores: &Tensor, of: impl Fn(&mut Row) -> Vec<i64> + Sync) -> Vec<Ve
         };
         share.iter().map(one).collect::<Vec<_>>()
     };
+    let threads = usize::try_from(tch::get_num_threads()).unwrap_or(1).min(scores.numel() / WORTH).max(1);
+    if threads == 1 {
+        return work(rows);
+    }
+    let share = rows.len().div_ceil(threads);
+    let mut shares = Vec::new();
+    while !rows.is_empty() {
+        let rest = rows.split_off(share.min(rows.len()));
+        shares.push(std::mem::replace(&mut rows, rest));
+    }
     std::thread::scope(|scope| {
         let spawned: Vec<_> = shares.into_iter().map(|share| scope.spawn(move || work(share))).collect();
         spawned.into_iter().flat_map(|one| one.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
@@ -108,6 +116,7 @@ struct Row {
     scores: Vec<f32>,
     sample: Vec<f32>,
     packed: Vec<u64>,
+    spare: Vec<u64>,
 }
 
 impl Row {
@@ -118,41 +127,67 @@ impl Row {
     }
 
     /// The `k` highest, packed, in any order.
-    fn highest(&mut self, k: usize) -> &mut [u64] {
-        let mut kept = self.keep(self.scores.len().min(k));
-        if kept < k {
-            // The sample was not like the row.
-            kept = self.take(f32::NEG_INFINITY);
-        }
+    fn highest(&mut self, k: usize) -> &[u64] {
+        let kept = self.keep(k);
         let kept = &mut self.packed[..kept];
         if k < kept.len() {
             kept.select_nth_unstable_by(k, |a, b| b.cmp(a));
         }
-        let k = k.min(kept.len());
-        &mut kept[..k]
+        &kept[..k.min(kept.len())]
     }
 
     /// The same, high to low.
     fn ranking(&mut self, k: usize) -> &[u64] {
-        let found = self.highest(k);
-        found.sort_unstable_by(|a, b| b.cmp(a));
-        found
+        let kept = self.keep(k);
+        let kept = &mut self.packed[..kept];
+        if kept.len() < DIGITS {
+            kept.sort_unstable_by(|a, b| b.cmp(a));
+            return &kept[..k.min(kept.len())];
+        }
+        // Digit by digit from the least: each pass keeps the order of equal ones, which is that of their places. Three passes end in `spare`.
+        let length = kept.len();
+        self.spare.resize(length.max(self.spare.len()), 0);
+        let (mut from, mut to) = (kept, &mut self.spare[..length]);
+        for pass in 0..PASSES {
+            let digit = |packed: u64| DIGITS - 1 - ((packed >> (32 + 11 * pass)) as usize & (DIGITS - 1));
+            let mut next = [0_usize; DIGITS];
+            from.iter().for_each(|&packed| next[digit(packed)] += 1);
+            let mut before = 0;
+            for next in &mut next {
+                before += std::mem::replace(next, before);
+            }
+            for &packed in &*from {
+                let at = &mut next[digit(packed)];
+                to[*at] = packed;
+                *at += 1;
+            }
+            std::mem::swap(&mut from, &mut to);
+        }
+        &from[..k.min(from.len())]
     }
 
-    /// Packs at least the `k` highest in all likelihood, and few more; how many.
+    /// Packs at least the `k` highest and few more, by place; how many.
     fn keep(&mut self, k: usize) -> usize {
+        let k = k.min(self.scores.len());
+        let least = self.threshold(k);
+        let likely = self.take(least);
+        // Fewer where the sample was not like the row.
+        if likely < k { self.take(f32::NEG_INFINITY) } else { likely }
+    }
+
+    /// What the `k` highest, in all likelihood, and few more are not below.
+    fn threshold(&mut self, k: usize) -> f32 {
         let stride = self.scores.len().div_ceil(SAMPLE).max(1);
         self.sample.clear();
         self.sample.extend(self.scores.iter().step_by(stride));
         // Four standard deviations more than the share of the sample that is among the k highest.
         let share = k as f64 / stride as f64;
         let at = (share + 4.0 * share.sqrt() + 4.0).ceil() as usize;
-        let least = if at < self.sample.len() {
+        if at < self.sample.len() {
             *self.sample.select_nth_unstable_by(at, |a, b| b.total_cmp(a)).1
         } else {
             f32::NEG_INFINITY
-        };
-        self.take(least)
+        }
     }
 
     /// Packs all scores that are not below `least`; how many.

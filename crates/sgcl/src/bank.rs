@@ -285,8 +285,10 @@ impl Banks {
         bank.index_select(0, &slots.view([-1])).to_kind(Kind::Float).view(shape.as_slice())
     }
 
-    /// Similarity of queries (B, ·) to all owned rows: (B, owned) f32, computed in the queries' kind.
-    pub fn scores(&self, bank: Bank, queries: &Tensor) -> Tensor {
+    /// Similarity of queries (B, ·) to all owned rows: (B, owned) f32, computed in the queries' kind. On a CPU it is written over `room`
+    /// where that has this shape: new pages for a matrix as large as this cost a good part of the product.
+    #[must_use]
+    pub fn scores(&self, bank: Bank, queries: &Tensor, room: Option<Tensor>) -> Tensor {
         let owned = self.bank(bank).narrow(0, 0, self.owned);
         let gpu = self.device() != Device::Cpu;
         if gpu && owned.kind() == Kind::Float && queries.kind() == Kind::Float {
@@ -295,7 +297,10 @@ impl Banks {
         // Rows of fewer bits are widened block by block: sums are f32, and no copy of the bank is made. On a CPU a block, its scores
         // and their transposition stay in the cache, and rows × queries is the faster product where queries are few.
         let block = if gpu { BLOCK } else { BLOCK_CPU };
-        let scores = Tensor::empty([queries.size()[0], self.owned], (Kind::Float, self.device()));
+        let shape = [queries.size()[0], self.owned];
+        let scores = room
+            .filter(|room| room.size() == shape)
+            .unwrap_or_else(|| Tensor::empty(shape, (Kind::Float, self.device())));
         let columns = queries.tr().contiguous();
         for start in (0..self.owned).step_by(block as usize) {
             let len = block.min(self.owned - start);

@@ -49,6 +49,7 @@ pub use positives::{Positives, RowLists};
 use crate::bank::{BankError, BankRows, Banks, Widths};
 use crate::collective::{Collective, CollectiveError};
 use batch::Batch;
+use std::cell::Cell;
 use sums::{Losses, Sums};
 use tch::{Kind, Tensor};
 
@@ -157,6 +158,8 @@ pub(crate) struct Context<'a> {
     params: &'a Params,
     ring: &'a dyn Collective,
     pool: &'a Pool,
+    /// Scores that are no longer needed: the next ranking's are written over them.
+    room: Cell<Option<Tensor>>,
 }
 
 /// Losses of one step. Every rank calls it together. `banks` is read, not updated.
@@ -170,7 +173,7 @@ pub fn step(
     ring: &dyn Collective,
 ) -> Result<StepOutput, StepError> {
     check(inputs, banks, p, ring)?;
-    let cx = Context { banks, params: p, ring, pool: inputs.pool };
+    let cx = Context { banks, params: p, ring, pool: inputs.pool, room: Cell::new(None) };
     let (batch, found, sums) = tch::no_grad(|| -> Result<_, StepError> {
         let StepInputs { q, x, ql, keys, ids, .. } = *inputs;
         let batch = Batch::gather(&Queries { q, x, ql, keys, ids }, p.local, banks, ring)?;

@@ -101,7 +101,7 @@ impl Pool {
         let kind = cx.params.kind();
         let queries = queries.to_kind(kind);
         match &self.slots {
-            None => cx.banks.scores(bank, &queries),
+            None => cx.banks.scores(bank, &queries, cx.room.take()),
             Some(slots) => queries.matmul(&cx.banks.at(bank, slots).to_kind(kind).tr()).to_kind(Kind::Float),
         }
     }

@@ -96,6 +96,7 @@ pub(super) fn find(batch: &Batch, inputs: &StepInputs<'_>, cx: &Context<'_>) -> 
         let own = (slots.narrow(1, at, 1).contiguous(), owned.narrow(1, at, 1).contiguous());
         cx.blank(&mut scores, &own.0, &own.1, fill);
         let (near, mut valid) = nearest(&scores, cx.pool.share(p.nearest), cx)?;
+        cx.room.set(Some(scores));
         let rows = cx.pool.slots(&near);
         valid = valid.logical_and(&inputs.clusters.take(&rows).eq_tensor(&labels.narrow(1, at, 1)));
         if at > 0 {

@@ -121,7 +121,9 @@ fn shared(bank: Bank, queries: &Tensor, ids: &Tensor, slots: &Tensor, rows: &Ten
     let (mut sums, mut pulls) = (Vec::new(), Vec::new());
     for start in (0..all.max(1)).step_by(block as usize) {
         let part = |t: &Tensor| t.narrow(0, start, block.min(all - start));
-        let mut e = ((part(queries).to_kind(kind).matmul(&found.tr()) - 1.0) / cx.params.t_instance).exp();
+        // In place: fresh memory for each operation costs more than the operation.
+        let mut e = part(queries).to_kind(kind).matmul(&found.tr());
+        let _ = e.g_sub_scalar_(1.0).g_div_scalar_(cx.params.t_instance).exp_();
         if cx.params.variant == Variant::Exact {
             let _ = e.masked_fill_(&part(ids).unsqueeze(1).eq_tensor(&rows.unsqueeze(0)), 0.0);
         }

@@ -6,7 +6,7 @@
 //! | the format on storage | [`manifest`], [`index`] |
 //! | from slides, images and tiles | [`ingest`] |
 //! | writing one, resumable slide by slide | [`writer`], [`lattice`] |
-//! | opening one, or some of its slides | [`set`], [`split`] |
+//! | opening one, or some of its slides | [`set`], [`split`], [`labelled`] |
 //! | the order of an epoch | [`plan`] |
 //! | reading patches | [`reader`], [`cache`], [`decode`] |
 
@@ -14,6 +14,7 @@ pub mod cache;
 pub mod decode;
 pub mod index;
 pub mod ingest;
+pub mod labelled;
 pub mod lattice;
 pub mod manifest;
 pub mod plan;
@@ -26,6 +27,7 @@ pub mod writer;
 pub use cache::CacheOptions;
 pub use decode::{DecodeError, Rgb8, decode};
 pub use index::{Index, IndexError};
+pub use labelled::Labelled;
 pub use manifest::{Manifest, ManifestError};
 pub use plan::{EpochPlan, PlanError};
 pub use reader::{ReadError, ShardReader};

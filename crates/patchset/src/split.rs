@@ -1,11 +1,14 @@
 //! Slides for training and slides for testing: never patches of one slide on both sides.
 
+use std::collections::HashMap;
+
 use rand::seq::SliceRandom;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sgcl_draw::{Purpose, rng};
 
 use crate::index::Index;
 use crate::manifest::Manifest;
+use crate::store::{Store, StoreError};
 
 /// A split by slide. Numbers are those of the manifest, ascending.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,6 +26,9 @@ pub struct Split {
 pub const SPLIT: &str = "split.json";
 /// Share of slides that it tests on.
 pub const TEST_FRACTION: f64 = 0.3;
+/// Version of the file that this code writes, and the only one it reads.
+const VERSION: u32 = 1;
+const MAX_BYTES: u64 = 256 << 20;
 
 #[derive(Serialize)]
 struct SplitFile<'a> {
@@ -46,7 +52,7 @@ pub(crate) fn file(manifest: &Manifest, index: &Index, seed: u64) -> Option<Vec<
     let split = split(manifest, index, TEST_FRACTION, seed, 0).ok()?;
     let names = |side: &[u32]| side.iter().map(|&number| manifest.slides[number as usize].name.as_str()).collect();
     let file = SplitFile {
-        version: 1,
+        version: VERSION,
         data: &manifest.content_id,
         // Images without places are dealt into groups that stand for slides.
         by: if manifest.slides.iter().all(|slide| slide.spatial) { "slide" } else { "slide, or group of images" },
@@ -57,6 +63,67 @@ pub(crate) fn file(manifest: &Manifest, index: &Index, seed: u64) -> Option<Vec<
         one_sided: split.one_sided.iter().map(|&class| manifest.classes[usize::from(class)].as_str()).collect(),
     };
     serde_json::to_vec_pretty(&file).ok()
+}
+
+/// What is read of the file.
+#[derive(Deserialize)]
+struct Stored {
+    version: u32,
+    data: String,
+    train: Vec<String>,
+    test: Vec<String>,
+}
+
+/// A `split.json` that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum SplitFileError {
+    /// It is not a split of this set.
+    #[error("{object}: {reason}; ingest writes it anew where it is missing")]
+    Unfit {
+        /// Full name of the file.
+        object: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Storage failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// The split that lies beside the set at `store`; `None` where there is none.
+///
+/// # Errors
+/// The file is damaged, or does not name each slide of the set once; storage.
+pub async fn stored(store: &Store, manifest: &Manifest, index: &Index) -> Result<Option<Split>, SplitFileError> {
+    let bytes = match store.get(SPLIT, MAX_BYTES).await {
+        Ok(bytes) => bytes,
+        Err(error) if error.is_not_found() => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let unfit = |reason: String| SplitFileError::Unfit { object: store.object(SPLIT), reason };
+    let file: Stored = serde_json::from_slice(&bytes).map_err(|e| unfit(e.to_string()))?;
+    if file.version != VERSION {
+        return Err(unfit(format!("format version {}, but this program reads version {VERSION}", file.version)));
+    }
+    if file.data != manifest.content_id {
+        return Err(unfit(format!("it splits other patches ({}) than lie here ({})", file.data, manifest.content_id)));
+    }
+    let numbers: HashMap<&str, usize> =
+        manifest.slides.iter().enumerate().map(|(number, slide)| (slide.name.as_str(), number)).collect();
+    let mut test = vec![None; manifest.slides.len()];
+    for (names, side) in [(&file.train, false), (&file.test, true)] {
+        for name in names {
+            let number = numbers.get(name.as_str()).ok_or_else(|| unfit(format!("the set has no slide {name:?}")))?;
+            if test[*number].replace(side).is_some() {
+                return Err(unfit(format!("it names slide {name:?} twice")));
+            }
+        }
+    }
+    let test: Vec<bool> = (manifest.slides.iter().zip(test))
+        .map(|(slide, side)| side.ok_or_else(|| unfit(format!("it does not name slide {:?}", slide.name))))
+        .collect::<Result<_, _>>()?;
+    Ok(Some(Split::of(&test, &Shown::count(manifest, index))))
 }
 
 /// A set that cannot be split.
@@ -111,9 +178,14 @@ pub fn split(
         test[order[(2 * at + 1) * slides / (2 * tests)]] = true;
     }
     shown.mend(&order, &mut test);
+    Ok(Split::of(&test, &shown))
+}
 
-    let side = |wanted: bool| (0_u32..).zip(&test).filter(|&(_, &t)| t == wanted).map(|(n, _)| n).collect();
-    Ok(Split { train: side(false), test: side(true), one_sided: shown.one_sided(&test) })
+impl Split {
+    fn of(test: &[bool], shown: &Shown) -> Self {
+        let side = |wanted: bool| (0_u32..).zip(test).filter(|&(_, &t)| t == wanted).map(|(n, _)| n).collect();
+        Self { train: side(false), test: side(true), one_sided: shown.one_sided(test) }
+    }
 }
 
 /// Patches of each class on each slide.

@@ -240,9 +240,29 @@ async fn the_split_is_by_slide_and_the_one_that_evaluation_draws() {
     assert_eq!(found["test"], serde_json::json!(names(&split.test)));
     assert_eq!((split.train.len(), split.test.len()), (4, 2));
     assert_eq!((&found["seed"], &found["data"]), (&4.into(), &set.manifest().content_id.clone().into()));
+    let stored = async || sgcl_patchset::split::stored(set.store(), set.manifest(), set.index()).await;
+    assert_eq!(stored().await.unwrap(), Some(split));
+
+    // What is not this set's split is refused, and says why.
+    let test = found["test"].as_array().unwrap();
+    for (key, value, why) in [
+        ("data", "another".into(), "other patches (another)"),
+        ("version", 2.into(), "format version 2"),
+        ("train", found["test"].clone(), "twice"),
+        ("train", serde_json::json!([]), "does not name slide"),
+        ("test", serde_json::json!([test[0], test[1], "tumor_9"]), "no slide \"tumor_9\""),
+        ("train", 3.into(), "invalid type"),
+    ] {
+        let mut changed = found.clone();
+        changed[key] = value;
+        std::fs::write(&path, changed.to_string()).unwrap();
+        let error = stored().await.unwrap_err().to_string();
+        assert!(error.contains("split.json: ") && error.contains(why), "{why:?} is not in {error}");
+    }
 
     // Lost, it comes back the same with the same call.
     std::fs::remove_file(&path).unwrap();
+    assert_eq!(stored().await.unwrap(), None);
     run(&folder, &sources, &options).await.unwrap();
     assert_eq!(serde_json::from_slice::<serde_json::Value>(&std::fs::read(&path).unwrap()).unwrap(), found);
 }

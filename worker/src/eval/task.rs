@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use sgcl::probe::Split;
-use sgcl_patchset::PatchSet;
+use sgcl_patchset::{Labelled, PatchSet};
 use sgcl_runstore::Spec;
 
 use super::EvalArgs;
@@ -35,16 +35,8 @@ impl Task {
         } else {
             sgcl_patchset::split(manifest, index, args.holdout_fraction, args.seed, 0)?.test
         };
-        let (mut ids, mut labels, mut slides) = (Vec::new(), Vec::new(), Vec::new());
-        let mut split = Split { train: Vec::new(), test: Vec::new() };
-        for (id, &slide) in (0_u32..).zip(index.slides()) {
-            let Some(label) = index.label(id) else { continue };
-            if test.contains(&slide) { &mut split.test } else { &mut split.train }.push(ids.len());
-            ids.push(id);
-            labels.push(i64::from(label));
-            slides.push(slide);
-        }
-        Ok(Self { set, ids, labels, slides, split })
+        let Labelled { ids, labels, slides, train, test } = Labelled::new(index, &test);
+        Ok(Self { ids, labels, slides, split: Split { train, test }, set })
     }
 
     pub(super) fn classes(&self) -> &[String] {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use jiff::Timestamp;
 use sgcl_proto::WAITING_FOR_STORAGE;
+use sgcl_runstore::metrics::PROBE;
 use sgcl_telemetry::metrics::catalogue as of;
 use sgcl_telemetry::metrics::{Counter, Exposition, Histogram, Level, Metric, Number};
 
@@ -68,11 +69,14 @@ impl Measures {
         each(out, &of::RUN_STEP, |run| run.view()?.step.number());
         each(out, &of::RUN_PROGRESS, |run| Some(share(run.view()?, run.facts.epochs?)));
         each(out, &of::RUN_PACE, |run| run.view()?.samples_per_second.number());
-        let losses = runs.iter().flat_map(|(run, measured)| {
-            let values = measured.view().into_iter().flat_map(|view| &view.metrics);
-            values.filter_map(move |(name, value)| Some(([run.as_str(), name.strip_prefix("loss/")?], *value)))
-        });
-        out.all(&of::RUN_LOSS, losses);
+        let told = |start: &'static str| {
+            runs.iter().flat_map(move |(run, measured)| {
+                let values = measured.view().into_iter().flat_map(|view| &view.metrics);
+                values.filter_map(move |(name, value)| Some(([run.as_str(), name.strip_prefix(start)?], *value)))
+            })
+        };
+        out.all(&of::RUN_LOSS, told("loss/"));
+        out.all(&of::RUN_PROBE, told(PROBE));
         each(out, &of::RUN_LR, |run| run.view()?.metrics.get("lr").copied());
         each(out, &of::RUN_RESTARTS, |run| run.view()?.restarts.number());
         let regroups = runs.iter().flat_map(|(run, measured)| {
@@ -182,7 +186,9 @@ mod tests {
             epoch_step: 10,
             epoch_steps: 20,
             step: 110,
-            metrics: [("loss/total".to_owned(), 7.5), ("lr".to_owned(), 0.03)].into(),
+            metrics: [("loss/total", 7.5), ("lr", 0.03), ("probe/accuracy", 0.75)]
+                .map(|(name, value)| (name.to_owned(), value))
+                .into(),
             last_commit: Some(commit),
             restarts: 1,
             changes: vec![change],
@@ -226,6 +232,7 @@ mod tests {
             "sgcl_run_phase{run=\"first\",phase=\"Running\"} 1",
             "sgcl_run_progress_ratio{run=\"first\"} 0.55",
             "sgcl_run_loss{run=\"first\",term=\"total\"} 7.5",
+            "sgcl_run_probe_ratio{run=\"first\",figure=\"accuracy\"} 0.75",
             "sgcl_run_regroups_total{run=\"first\",failure=\"true\"} 1",
             "sgcl_run_regroup_seconds_total{run=\"first\"} 2.5",
             "sgcl_run_steps_lost_total{run=\"first\"} 10",

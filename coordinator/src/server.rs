@@ -306,8 +306,9 @@ impl<L: Launcher> Desk<'_, L> {
                     view.epoch_step = progress.epoch_step;
                     view.epoch_steps = progress.epoch_steps;
                     view.step = progress.step;
-                    if !progress.metrics.is_empty() {
-                        view.metrics = progress.metrics.into_iter().collect();
+                    // A probe's figures stand until the next one's, and it has no pace.
+                    view.metrics.extend(progress.metrics);
+                    if progress.samples_per_second > 0.0 {
                         view.samples_per_second = progress.samples_per_second;
                     }
                 });

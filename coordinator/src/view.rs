@@ -7,7 +7,7 @@ use crate::machine::Change;
 /// A run at one moment.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RunView {
-    /// starting, k-means, training, checkpoint, export, draining.
+    /// starting, k-means, training, checkpoint, probe, export, draining.
     pub phase: String,
     /// Membership.
     pub generation: u64,
@@ -23,7 +23,7 @@ pub struct RunView {
     pub epoch_steps: u64,
     /// Steps since the run began.
     pub step: u64,
-    /// Losses and learning rate by name.
+    /// The newest value of each metric: losses, learning rate, what a probe found.
     pub metrics: BTreeMap<String, f64>,
     /// Patches a second, all ranks.
     pub samples_per_second: f64,

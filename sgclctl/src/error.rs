@@ -8,7 +8,7 @@ use sgcl_patchset::{IndexError, ManifestError, OpenError, ReadError, StoreError,
 use sgcl_phantom::PhantomError;
 use sgcl_runstore::export::ExportError;
 use sgcl_runstore::features::FeaturesError;
-use sgcl_runstore::{ConfigError, RunStoreError};
+use sgcl_runstore::{ConfigError, LabelledSetError, RunStoreError};
 
 use crate::exit::Exit;
 
@@ -89,6 +89,13 @@ const FULL: &str = "free some space, or write to another place";
 fn known(cause: &(dyn StdError + 'static)) -> Option<Known> {
     if let Some(e) = cause.downcast_ref::<ConfigError>() {
         return Some(config(e));
+    }
+    if let Some(e) = cause.downcast_ref::<LabelledSetError>() {
+        return Some(match e {
+            LabelledSetError::Config(e) => config(e),
+            LabelledSetError::Store(e) => store(e),
+            _ => (Exit::Config, None),
+        });
     }
     if let Some(e) = cause.downcast_ref::<StoreError>() {
         return Some(store(e));

@@ -8,7 +8,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::json;
 use sgcl_coordinator::RunView;
 
-use crate::output::{Out, span, warn};
+use crate::output::{Out, percent, span, warn};
 
 /// All bars of this process: what prints a line suspends them first.
 pub(crate) fn bars() -> &'static MultiProgress {
@@ -136,6 +136,9 @@ fn line(view: &RunView, epochs: u32, eta: Option<f64>) -> String {
         let terms = if terms.is_empty() { String::new() } else { format!(" ({})", terms.join(", ")) };
         words.push(format!("loss {total:.3}{terms}"));
     }
+    if let Some(accuracy) = view.metrics.get("probe/accuracy") {
+        words.push(format!("kNN {}", percent(*accuracy)));
+    }
     if view.samples_per_second > 0.0 {
         words.push(format!("{:.0} patches/s", view.samples_per_second));
     }
@@ -164,6 +167,9 @@ mod tests {
             line(&view, 10, Some(250.0)),
             "epoch 3/10  step 12/45  loss 9.306 (intra 3.10)  123 patches/s  4 min 10 s left"
         );
+        let mut probed = RunView { phase: "k-means".into(), ..view.clone() };
+        probed.metrics.insert("probe/accuracy".into(), 0.8342);
+        assert_eq!(line(&probed, 10, None), "epoch 3/10  k-means  loss 9.306 (intra 3.10)  kNN 83.4 %  123 patches/s");
         assert!((share(&view, 10) - (2.0 + 12.0 / 45.0) / 10.0).abs() < 1e-12);
     }
 }

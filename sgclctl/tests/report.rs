@@ -95,8 +95,8 @@ fn the_report_shows_curves_slides_neighbours_probes_and_restarts() {
     browser.open(&file, 1400, false);
     let mut count =
         |selector: &str| browser.evaluate(&format!("document.querySelectorAll('{selector}').length")).as_u64().unwrap();
-    assert_eq!(count(".chart svg"), 3);
-    assert_eq!(count(".chart polyline"), 6, "four losses, throughput, learning rate");
+    assert_eq!(count(".chart svg"), 4);
+    assert_eq!(count(".chart polyline"), 8, "four losses, two figures of the probe, throughput, learning rate");
     assert_eq!(count(".slide"), 4);
     assert_eq!(count(".slide .frame > img"), 4, "a slide without a preview is put together from its patches");
     assert_eq!(count(".by-class"), 4);

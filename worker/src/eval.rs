@@ -4,11 +4,11 @@
 
 mod cache;
 mod encoder;
-mod protocol;
+pub(crate) mod protocol;
 mod result;
 pub(crate) mod segmentation;
 mod task;
-mod views;
+pub(crate) mod views;
 
 use std::path::PathBuf;
 

@@ -5,6 +5,7 @@ mod checkpoint;
 mod fill;
 mod loader;
 mod metrics;
+mod probe;
 mod reunite;
 mod ring;
 mod setup;

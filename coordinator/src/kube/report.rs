@@ -9,6 +9,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, MicroTime, Objec
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Resource, ResourceExt};
 use serde_json::json;
+use sgcl_runstore::metrics::PROBE;
 use tokio::time::Instant;
 
 use super::MANAGER;
@@ -99,6 +100,9 @@ pub fn status(before: &SgclRunStatus, now: Timestamp, facts: &Facts) -> SgclRunS
         }
         if view.samples_per_second > 0.0 {
             status.patches_per_second = Some(format!("{:.0}", view.samples_per_second));
+        }
+        if let Some(accuracy) = view.metrics.get(&format!("{PROBE}accuracy")) {
+            status.probe = Some(format!("{:.1}%", accuracy * 100.0));
         }
         status.restarts = status.restarts.max(view.restarts);
         status.last_commit = view.last_commit.or(status.last_commit);
@@ -297,10 +301,13 @@ mod tests {
 
     #[test]
     fn a_coordinator_that_has_just_begun_takes_nothing_back() {
-        let before = status(&SgclRunStatus::default(), at(0), &running(2, 10));
+        let mut facts = running(2, 10);
+        facts.view.as_mut().unwrap().metrics.insert("probe/accuracy".into(), 0.8342);
+        let before = status(&SgclRunStatus::default(), at(0), &facts);
+        assert_eq!(before.probe.as_deref(), Some("83.4%"));
         let fresh = Facts { view: Some(RunView::default()), ..running(0, 0) };
         let after = status(&before, at(9), &fresh);
-        assert_eq!((after.step, after.progress), (before.step, before.progress));
+        assert_eq!((after.step, after.progress, after.probe), (before.step, before.progress, before.probe));
     }
 
     #[test]

@@ -33,6 +33,7 @@ use serde_json::{Map, Value};
     printcolumn(name = "ETA", type_ = "string", json_path = ".status.eta"),
     printcolumn(name = "Restarts", type_ = "integer", json_path = ".status.restarts"),
     printcolumn(name = "Queue", type_ = "string", json_path = ".spec.queue", priority = 1),
+    printcolumn(name = "Probe", type_ = "string", json_path = ".status.probe", priority = 1),
     printcolumn(name = "Goodput", type_ = "string", json_path = ".status.goodput", priority = 1),
     printcolumn(name = "Last-Commit", type_ = "integer", json_path = ".status.lastCommit", priority = 1),
     printcolumn(name = "Message", type_ = "string", json_path = ".status.message", priority = 1),
@@ -247,6 +248,9 @@ pub struct SgclRunStatus {
     /// Patches a second, all ranks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patches_per_second: Option<String>,
+    /// Accuracy of the newest online probe, in percent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe: Option<String>,
     /// The run's part of the bucket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub url: Option<String>,

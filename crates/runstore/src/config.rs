@@ -7,6 +7,7 @@ mod auto;
 mod check;
 mod load;
 mod method;
+mod probe;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,7 @@ pub use auto::AutoOr;
 pub use check::Split;
 pub use load::{ConfigError, nearest};
 pub use method::Method;
+pub use probe::Probe;
 
 /// Which form of the loss.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -148,6 +150,8 @@ pub struct RunConfig {
     pub max_restarts: u32,
     /// Which part of the patch set is trained on.
     pub data: Data,
+    /// Scores of the encoder while it is trained.
+    pub probe: Probe,
 }
 
 impl Default for RunConfig {
@@ -173,6 +177,7 @@ impl Default for RunConfig {
             startup_timeout_s: 600,
             max_restarts: 3,
             data: Data::default(),
+            probe: Probe::default(),
         }
     }
 }

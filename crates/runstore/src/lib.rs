@@ -12,6 +12,8 @@
 //! | `leases/<epoch>.json` | [`lease`] |
 //! | `orders/<seq>.json` | [`orders`] |
 //!
+//! What a run's configuration names beside its data is found by [`probe`].
+//!
 //! What an encoder computes for others, features of slides in the layouts of TRIDENT and CLAM, is [`features`].
 
 pub mod checkpoint;
@@ -24,6 +26,7 @@ pub mod lease;
 pub mod ledger;
 pub mod metrics;
 pub mod orders;
+pub mod probe;
 mod record;
 pub mod spec;
 pub mod status;
@@ -37,6 +40,7 @@ pub use lease::Lease;
 pub use ledger::Ledger;
 pub use metrics::{MetricsWriter, StepMetrics, read_metrics};
 pub use orders::{Order, Orders};
+pub use probe::{LabelledSetError, ProbeSet};
 pub use record::{FORMAT_VERSION, new_write_id};
 pub use spec::{RunName, Spec};
 pub use status::{EventKind, Events, Phase, RunStatus, list_runs};

@@ -13,6 +13,8 @@ use sgcl_patchset::Store;
 
 use crate::RunStoreError;
 
+/// What the names of a probe's figures begin with.
+pub const PROBE: &str = "probe/";
 /// Most steps of one chunk.
 pub const CHUNK: usize = 1000;
 /// Longest chunk read.
@@ -33,7 +35,8 @@ pub struct StepMetrics {
     pub epoch_steps: u64,
     /// When it ended.
     pub time: Timestamp,
-    /// Scalars by TensorBoard tag: `loss/intra`, `loss/inter`, `loss/inner`, `loss/total`, `lr`, `samples_per_second`…
+    /// Scalars by TensorBoard tag: `loss/intra`, `loss/inter`, `loss/inner`, `loss/total`, `lr`, `samples_per_second`…, and
+    /// `probe/accuracy` and its like of a step that the encoder was scored after.
     /// A value that is not finite is left out.
     pub values: BTreeMap<String, f64>,
 }
@@ -70,10 +73,16 @@ impl MetricsWriter {
         Self { run: run_store.clone(), name: name.to_owned(), chunk: Vec::new(), written: 0 }
     }
 
-    /// Takes a step; nothing is written yet.
+    /// Takes a step, or further scalars of the one taken last; nothing is written yet.
     pub fn push(&mut self, mut step: StepMetrics) {
         step.values.retain(|_, v| v.is_finite());
-        self.chunk.push(step);
+        match self.chunk.last_mut() {
+            Some(last) if (last.generation, last.step) == (step.generation, step.step) => {
+                last.values.append(&mut step.values);
+                self.written = self.written.min(self.chunk.len() - 1);
+            }
+            _ => self.chunk.push(step),
+        }
     }
 
     /// Steps not written yet.
@@ -140,11 +149,18 @@ pub async fn read_metrics(run_store: &Store) -> Result<Vec<StepMetrics>, RunStor
     let mut steps: Vec<StepMetrics> = Vec::new();
     for (_, first, rel) in chunks {
         // A chunk that begins again at or below a step undoes what was beyond it.
-        let kept = steps.partition_point(|s| s.step < first);
+        let kept = steps.partition_point(|s| s.step <= first);
         steps.truncate(kept);
         let bytes = run_store.get(&rel, MAX_CHUNK_BYTES).await?;
         for line in bytes.split(|b| *b == b'\n').filter(|l| !l.is_empty()) {
-            steps.push(serde_json::from_slice(line).map_err(|e| RunStoreError::damaged(run_store.object(&rel), e))?);
+            let mut step: StepMetrics =
+                serde_json::from_slice(line).map_err(|e| RunStoreError::damaged(run_store.object(&rel), e))?;
+            // Trained again, or told more of.
+            if let Some(mut before) = steps.pop_if(|before| before.step == step.step) {
+                before.values.append(&mut step.values);
+                step.values = before.values;
+            }
+            steps.push(step);
         }
     }
     Ok(steps)

@@ -10,7 +10,7 @@ use serde_json::Value;
 use sgcl_patchset::Store;
 
 use crate::export::list_exports;
-use crate::metrics::{StepMetrics, read_metrics};
+use crate::metrics::{PROBE, StepMetrics, read_metrics};
 use crate::record::MAX_RECORD_BYTES;
 use crate::{Commits, RunName, RunStoreError, Spec};
 
@@ -52,6 +52,28 @@ impl Phase {
     }
 }
 
+/// What a run's probe found last.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Probed {
+    /// After this epoch, from 0.
+    pub epoch: u32,
+    /// Steps finished then.
+    pub step: u64,
+    /// Figures by name: `accuracy`, `balanced_accuracy`, `macro_f1`, `roc_auc`.
+    pub figures: BTreeMap<String, f64>,
+}
+
+impl Probed {
+    /// What the metrics of a step say of a probe.
+    #[must_use]
+    pub fn of(step: &StepMetrics) -> Option<Self> {
+        let figures: BTreeMap<String, f64> = (step.values.iter())
+            .filter_map(|(name, value)| Some((name.strip_prefix(PROBE)?.to_owned(), *value)))
+            .collect();
+        (!figures.is_empty()).then_some(Self { epoch: step.epoch, step: step.step, figures })
+    }
+}
+
 /// How a run stands.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunStatus {
@@ -81,6 +103,9 @@ pub struct RunStatus {
     pub samples_per_second: Option<f64>,
     /// The last step's scalars.
     pub losses: BTreeMap<String, f64>,
+    /// The newest probe, where the configuration asks for any.
+    #[serde(default)]
+    pub probe: Option<Probed>,
     /// Newest commit.
     pub commit: Option<u64>,
     /// Restarts so far.
@@ -124,6 +149,7 @@ impl RunStatus {
             eta_s: if phase == Phase::Running { eta(recent, epochs) } else { None },
             samples_per_second: mean(recent, "samples_per_second"),
             losses: last.map(|s| s.values.clone()).or(committed.map(|c| c.losses.clone())).unwrap_or_default(),
+            probe: steps.iter().rev().find_map(Probed::of),
             commit: commit.as_ref().map(|c| c.seq),
             restarts: events.iter().map(|e| u32::from(e.kind.is_restart())).sum(),
             exports,

@@ -61,6 +61,9 @@ fn a_section_can_be_set_whole_and_keeps_its_other_keys() {
 #[case("method: moco-v2", "bank.momentum 0.5")]
 #[case("objective: {dense_share: -0.1}", "objective.dense_share -0.1")]
 #[case("objective: {key_momentum: 1.5}", "objective.key_momentum 1.5")]
+#[case("probe: {every_epochs: 0}", "probe.every_epochs must be at least 1")]
+#[case("probe: {k: 1001}", "probe.k 1001")]
+#[case("probe: {max_patches: 200000}", "probe.max_patches 200000")]
 fn values_that_do_not_hold_together_are_named(#[case] yaml: &str, #[case] expected: &str) {
     let error = load(yaml, &[]).unwrap_err();
     assert!(error.contains(expected), "{error}");
@@ -97,6 +100,16 @@ fn only_what_a_method_uses_must_fit(#[case] method: &str, #[case] expected: &[&s
     for part in ["hard 4096", "nearest 4096", "clusters 1000", "negatives 65536"] {
         assert_eq!(refused.contains(part), expected.contains(&part), "{part:?} in:\n{refused}");
     }
+}
+
+#[test]
+fn a_probe_comes_every_so_many_epochs_and_after_the_last() {
+    let due = |sets: &[&str]| -> Vec<u32> {
+        let config = load("", sets).unwrap();
+        (0..8).filter(|&epoch| config.probe.is_due(epoch, 8)).collect()
+    };
+    assert_eq!(due(&["probe.dataset=labelled", "probe.every_epochs=3"]), [2, 5, 7]);
+    assert_eq!(due(&["probe.every_epochs=1"]), [0; 0]);
 }
 
 #[test]

@@ -298,6 +298,54 @@ async fn steps_that_a_later_generation_undid_are_not_shown() {
     assert_eq!((steps[29].generation, steps[30].generation), (1, 2));
 }
 
+/// What a probe found after a step.
+fn probed(generation: u64, step: u64, accuracy: f64) -> StepMetrics {
+    StepMetrics { values: BTreeMap::from([("probe/accuracy".into(), accuracy)]), ..step_metrics(generation, step) }
+}
+
+#[rstest::rstest]
+#[case::in_a_chunk_that_is_not_written(30, false)]
+#[case::in_a_chunk_that_is_written(30, true)]
+#[case::behind_a_full_chunk(1000, true)]
+#[tokio::test]
+async fn what_a_probe_found_belongs_to_the_step_before_it(#[case] steps: u64, #[case] flush: bool) {
+    let run = run();
+    spec().create(&run.store).await.unwrap();
+    let mut writer = sgcl_runstore::MetricsWriter::new(&run.store, "first");
+    (1..=steps).for_each(|step| writer.push(step_metrics(1, step)));
+    if flush {
+        writer.flush().await.unwrap();
+    }
+    writer.push(probed(1, steps, 0.75));
+    writer.push(step_metrics(1, steps + 1));
+    writer.flush().await.unwrap();
+    assert_eq!(writer.pending(), 0);
+    let read = sgcl_runstore::read_metrics(&run.store).await.unwrap();
+    assert_eq!(read.iter().map(|s| s.step).collect::<Vec<_>>(), (1..=steps + 1).collect::<Vec<_>>());
+    let of = |step: &StepMetrics| step.values.get("probe/accuracy").copied();
+    let told: Vec<u64> = read.iter().filter(|step| of(step).is_some()).map(|step| step.step).collect();
+    assert_eq!(told, [steps]);
+    let last = &read[steps as usize - 1];
+    assert_eq!((last.values["loss/total"], of(last)), (steps as f64, Some(0.75)));
+    let probe = RunStatus::read(&run.store).await.unwrap().probe.unwrap();
+    assert_eq!((probe.step, probe.figures["accuracy"]), (steps, 0.75));
+}
+
+#[tokio::test]
+async fn a_probe_that_a_later_generation_makes_again_is_told_once() {
+    let run = run();
+    let mut writer = sgcl_runstore::MetricsWriter::new(&run.store, "first");
+    (1..=30).for_each(|step| writer.push(step_metrics(1, step)));
+    for (generation, accuracy) in [(1, 0.5), (2, 0.75), (3, 0.875)] {
+        writer.push(probed(generation, 30, accuracy));
+    }
+    writer.push(step_metrics(3, 31));
+    writer.flush().await.unwrap();
+    let read = sgcl_runstore::read_metrics(&run.store).await.unwrap();
+    assert_eq!(read.len(), 31);
+    assert_eq!((read[29].values["loss/total"], read[29].values["probe/accuracy"]), (30.0, 0.875));
+}
+
 #[tokio::test]
 async fn a_growing_chunk_is_written_anew_until_it_is_full() {
     let run = run();

@@ -2,8 +2,8 @@
 
 use anyhow::Result;
 use serde_json::json;
-use sgcl_patchset::PatchSet;
-use sgcl_runstore::RunConfig;
+use sgcl_patchset::{PatchSet, Store};
+use sgcl_runstore::{ProbeSet, RunConfig};
 
 pub(crate) use sgcl_coordinator::kube::prepare::trained_patches;
 
@@ -25,8 +25,10 @@ pub(crate) async fn main(args: ConfigArgs, out: Out) -> Result<Exit> {
             let config = RunConfig::load(source.file.as_deref(), &source.set)?;
             let mut patches = None;
             if let Some(url) = data {
-                let trained = trained_patches(&config, &PatchSet::open(&url).await?)?;
+                let set = PatchSet::open(&url).await?;
+                let trained = trained_patches(&config, &set)?;
                 config.check_against(trained as u64, ranks as usize)?;
+                ProbeSet::open(&config, &set.manifest().content_id, Store::open).await?;
                 patches = Some(trained);
             }
             if out.json() {

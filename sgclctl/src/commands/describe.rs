@@ -8,6 +8,7 @@ use serde::Serialize;
 use sgcl_runstore::status::Event;
 use sgcl_runstore::{EventKind, Events, RunStatus, Spec};
 
+use super::status::probed;
 use crate::cli::DescribeArgs;
 use crate::exit::Exit;
 use crate::output::{Out, percent, span};
@@ -92,6 +93,9 @@ fn text(status: &RunStatus, spec: &Spec, events: &[Event], costs: &Costs) -> Str
     row("data", spec.data.clone());
     row("nodes", format!("{} of {} ranks, at least {}", spec.nodes, spec.ranks_per_node, spec.min_nodes));
     row("progress", format!("{}, step {}", percent(status.progress), status.step));
+    if let Some(probe) = &status.probe {
+        row("probe", probed(probe));
+    }
     row("commit", status.commit.map_or_else(|| "none".into(), |seq| seq.to_string()));
     row(
         "changes",

@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde_json::json;
 use sgcl_coordinator::{Change, Coordinator, Outcome, ProcessLauncher, RunView};
 use sgcl_patchset::{PatchSet, Store};
-use sgcl_runstore::{Commits, Phase, RunConfig, RunName, RunStoreError, Spec};
+use sgcl_runstore::{Commits, Phase, ProbeSet, RunConfig, RunName, RunStoreError, Spec};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -101,7 +101,7 @@ pub(crate) async fn main(args: RunArgs, out: Out) -> Result<Exit> {
 
 /// The spec that the arguments ask for, checked against its patch set.
 async fn wanted(args: &RunArgs, name: &RunName, stored: Option<&Spec>, out: Out) -> Result<Spec> {
-    let config = configuration(args, stored)?;
+    let mut config = configuration(args, stored)?;
     let data = match (&args.data, stored) {
         (Some(url), _) => url.clone(),
         (None, Some(stored)) => stored.data.clone(),
@@ -123,6 +123,9 @@ async fn wanted(args: &RunArgs, name: &RunName, stored: Option<&Spec>, out: Out)
     let set = PatchSet::open(&data).await?;
     let patches = trained_patches(&config, &set)?;
     config.check_against(patches as u64, world)?;
+    if let Some(probe) = ProbeSet::open(&config, &set.manifest().content_id, Store::open).await? {
+        config.probe.dataset = Some(probe.set.store().url().to_owned());
+    }
     describe(name, &config, &set, patches, world, out);
     let id = set.manifest().content_id.clone();
     let mut spec =

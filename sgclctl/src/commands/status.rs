@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use anyhow::{Context as _, Result};
 use jiff::Timestamp;
 use sgcl_patchset::Store;
+use sgcl_runstore::status::Probed;
 use sgcl_runstore::{Phase, RunName, RunStatus};
 
 use crate::cli::StatusArgs;
@@ -72,6 +73,9 @@ fn text(status: &RunStatus, now: Timestamp) -> String {
     if !losses.is_empty() {
         row("losses", losses.join("  "));
     }
+    if let Some(probe) = &status.probe {
+        row("probe", probed(probe));
+    }
     row("commit", status.commit.map_or_else(|| "none yet".to_owned(), |seq| seq.to_string()));
     row("restarts", status.restarts.to_string());
     row("data", status.data.clone());
@@ -89,6 +93,13 @@ fn text(status: &RunStatus, now: Timestamp) -> String {
         row("probe", format!("{name}: kNN-20 {}, linear {}", share(&eval["knn"]["20"]), share(&eval["linear"])));
     }
     text
+}
+
+/// What the newest probe found, in words.
+pub(super) fn probed(probe: &Probed) -> String {
+    let share = |name: &str| probe.figures.get(name).map_or_else(|| "–".to_owned(), |value| percent(*value));
+    let (accuracy, balanced) = (share("accuracy"), share("balanced_accuracy"));
+    format!("kNN {accuracy}, balanced {balanced}, after epoch {}", probe.epoch + 1)
 }
 
 /// The phase in words; a running run that went silent says so.

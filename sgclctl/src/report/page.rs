@@ -251,6 +251,12 @@ fn charts(facts: &Facts) -> Vec<Drawn> {
                 line("semantic", "loss/semantic", "c4"),
             ],
         ),
+        chart(
+            "Online probe",
+            "k nearest neighbours, share of the test patches",
+            false,
+            vec![line("accuracy", "probe/accuracy", "c1"), line("balanced accuracy", "probe/balanced_accuracy", "c2")],
+        ),
         chart("Throughput", "patches per second, all ranks", true, vec![line("patches/s", "samples_per_second", "c3")]),
         chart("Learning rate", "cosine, per epoch", true, vec![line("learning rate", "lr", "c2")]),
     ]

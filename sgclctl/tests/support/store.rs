@@ -133,7 +133,7 @@ pub async fn finished_run(open: impl Fn(&str) -> Store) {
             2.2 * (-0.9 * t).exp() + 0.3 * jitter(2),
             3.4 * (-1.1 * t).exp() + 0.4 * jitter(3),
         );
-        let values = [
+        let mut values = vec![
             ("loss/total", intra + inter + inner),
             ("loss/intra", intra),
             ("loss/inter", inter),
@@ -141,6 +141,9 @@ pub async fn finished_run(open: impl Fn(&str) -> Store) {
             ("lr", 0.00375 * (1.0 + (std::f64::consts::PI * f64::from(step / 40) / 8.0).cos()) / 2.0),
             ("samples_per_second", 118.0 + 22.0 * jitter(4)),
         ];
+        if step % 80 == 79 {
+            values.extend([("probe/accuracy", 0.7 + 0.2 * t), ("probe/balanced_accuracy", 0.66 + 0.2 * t)]);
+        }
         metrics.push(StepMetrics {
             step: u64::from(step) + 1,
             generation: if step < 130 { 1 } else { 2 },
@@ -148,7 +151,7 @@ pub async fn finished_run(open: impl Fn(&str) -> Store) {
             epoch_step: u64::from(step % 40) + 1,
             epoch_steps: 40,
             time: at(i64::from(step) * 2 + if step < 130 { 0 } else { 600 }),
-            values: values.map(|(k, v)| (k.to_owned(), v)).into(),
+            values: values.into_iter().map(|(k, v)| (k.to_owned(), v)).collect(),
         });
     }
     metrics.flush().await.unwrap();

@@ -19,6 +19,11 @@ const PX: u16 = 64;
 
 /// A set of `slides` slides of `side` × `side` textured patches; the class is the texture's grain.
 pub async fn patch_set(store: &Store, slides: u64, side: i32) -> Manifest {
+    textured(store, slides, side, true).await
+}
+
+/// The same, with or without its classes.
+pub async fn textured(store: &Store, slides: u64, side: i32, labelled: bool) -> Manifest {
     let Opened::Writer(writer) =
         PatchSetWriter::open(store.clone(), WriterOptions::new(PX.into(), 90, 1)).await.unwrap()
     else {
@@ -42,7 +47,7 @@ pub async fn patch_set(store: &Store, slides: u64, side: i32) -> Manifest {
             for x in 0..side {
                 let coarse = x < side / 2;
                 let class = if coarse { "coarse" } else { "fine" };
-                open.push(x, y, Some(class), &texture(slide, x, y, if coarse { 16 } else { 4 })).unwrap();
+                open.push(x, y, labelled.then_some(class), &texture(slide, x, y, if coarse { 16 } else { 4 })).unwrap();
             }
         }
         open.preview(texture(slide, 0, 0, 8));

@@ -17,7 +17,7 @@ use super::views::{Patches, View};
 /// Neighbours of the kNN probe.
 const NEIGHBOURS: [usize; 2] = [10, 20];
 /// Temperature of the kNN votes, exp(cosine / T).
-const KNN_TEMPERATURE: f64 = 0.07;
+pub(crate) const KNN_TEMPERATURE: f64 = 0.07;
 
 /// Families of protocols.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

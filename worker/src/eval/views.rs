@@ -11,14 +11,15 @@ use tch::Tensor;
 use super::encoder::Loaded;
 
 /// Patches by id, as views of `px` pixels.
-pub(super) struct Patches {
-    pub(super) reader: ShardReader,
-    pub(super) px: u32,
+#[derive(Clone)]
+pub(crate) struct Patches {
+    pub(crate) reader: ShardReader,
+    pub(crate) px: u32,
 }
 
 /// How a patch is looked at.
 #[derive(Clone, Copy)]
-pub(super) enum View {
+pub(crate) enum View {
     /// Whole, for features that are kept.
     Whole,
     /// The supervised protocols' crop and flip of an epoch.
@@ -32,6 +33,13 @@ impl Patches {
     pub(super) fn views(&self, ids: &[u32], view: View, encoder: &Loaded) -> Result<Tensor> {
         let colour = matches!(encoder, Loaded::Colour);
         let side = i64::from(self.px);
+        let views = Tensor::from_slice(&self.values(ids, view, colour)?);
+        let views = if colour { views.view([-1, HISTOGRAM as i64]) } else { views.view([-1, 3, side, side]) };
+        Ok(views.to_device(encoder.device()))
+    }
+
+    /// The same in host memory, row-major: images, or colour histograms.
+    pub(crate) fn values(&self, ids: &[u32], view: View, colour: bool) -> Result<Vec<f32>> {
         let values = if colour { HISTOGRAM } else { 3 * (self.px * self.px) as usize };
         let mut views = vec![0_f32; ids.len() * values];
         views.par_chunks_mut(values).zip(ids).try_for_each_init(
@@ -43,9 +51,7 @@ impl Patches {
                 Ok(())
             },
         )?;
-        let views = Tensor::from_slice(&views);
-        let views = if colour { views.view([-1, HISTOGRAM as i64]) } else { views.view([-1, 3, side, side]) };
-        Ok(views.to_device(encoder.device()))
+        Ok(views)
     }
 
     fn render(&self, renderer: &mut Renderer, image: &RgbImage, id: u32, view: View, colour: bool, out: &mut [f32]) {

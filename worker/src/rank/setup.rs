@@ -22,6 +22,7 @@ use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
 
 use super::metrics::Metrics;
+use super::probe::Probe;
 use super::step::{Draws, Learner};
 use super::train::{Place, Position, TracedSteps, Trainer};
 use crate::session::Session;
@@ -50,6 +51,7 @@ pub(crate) fn prepare(runtime: &Handle, local_rank: u32, address: &str, welcome:
     let cache = cache(&set, &spec);
     // The reader of a remote set keeps the runtime it is made in.
     let reader = runtime.block_on(async { set.reader(cache) });
+    let probe = Probe::open(runtime, &spec)?;
     Ok(Trainer {
         runtime: runtime.clone(),
         address: address.to_owned(),
@@ -70,6 +72,7 @@ pub(crate) fn prepare(runtime: &Handle, local_rank: u32, address: &str, welcome:
         labelled: None,
         before_move: None,
         spread: None,
+        probe,
         writing: None,
         traced: TracedSteps::from_env(),
         committed: None,
@@ -310,7 +313,7 @@ fn views(config: &RunConfig) -> ViewParams {
 
 /// A set in a folder is read where it lies; one on S3 goes through the node's disk, shared by its ranks. A cache that cannot be used is
 /// done without by the reader, which says so.
-fn cache(set: &PatchSet, spec: &Spec) -> Option<CacheOptions> {
+pub(super) fn cache(set: &PatchSet, spec: &Spec) -> Option<CacheOptions> {
     if set.store().local_path("").is_some() || spec.config.loader.cache_bytes == 0 {
         return None;
     }

@@ -25,6 +25,7 @@ use tracing::{Instrument as _, Span, info_span};
 use super::checkpoint;
 use super::loader::{EpochLoad, LaneBatch, Loader};
 use super::metrics::Metrics;
+use super::probe::Probe;
 use super::reunite::{bitmap_bytes, bitmap_of};
 use super::setup;
 use super::step::{Asked, LOSSES, Learner, StepPlan, StepResult};
@@ -55,7 +56,7 @@ pub(crate) struct Position {
     pub(crate) step: u64,
     pub(crate) epoch: u32,
     /// Steps of this epoch, over all its plans.
-    epoch_step: u64,
+    pub(super) epoch_step: u64,
     /// Steps of the current plan.
     cursor: usize,
     /// Lanes of the current plan; 0 before the first.
@@ -220,6 +221,7 @@ pub(crate) struct Trainer {
     pub(crate) before_move: Option<Held>,
     /// Of the bank when the epoch began.
     pub(crate) spread: Option<Spread>,
+    pub(crate) probe: Option<Probe>,
     pub(crate) writing: Option<Writing>,
     pub(crate) traced: TracedSteps,
     /// Step and number of the newest commit, and whether all epochs were trained by then.
@@ -253,6 +255,15 @@ impl Trainer {
                 if self.position.epoch + 1 >= epochs {
                     break;
                 }
+                // The epoch's checkpoint is on its way meanwhile. Broken off, it begins anew in the next generation.
+                let asked = self.score(session)?;
+                if asked.stop {
+                    self.commit(session)?;
+                    return Ok(End::Stopped);
+                }
+                if asked.pause {
+                    return self.make_room(session);
+                }
                 self.position.roll_over()?;
             }
             // An epoch gone on with in the middle brought its clusters along.
@@ -277,6 +288,8 @@ impl Trainer {
             self.checkpoint(session, true)?;
             self.uploaded(session)?;
         }
+        // Whoever is asked to leave now leaves with the run.
+        self.score(session)?;
         if self.place.rank == 0 {
             self.export(session)?;
         }

@@ -112,6 +112,7 @@ impl RunConfig {
             self.data.slides.as_ref().is_none_or(|s| !s.is_empty()),
             "data.slides is empty; leave it out to use all".into(),
         );
+        wrong.extend(self.probe.wrong());
         if wrong.is_empty() { Ok(()) } else { Err(ConfigError::Invalid(wrong)) }
     }
 

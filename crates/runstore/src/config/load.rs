@@ -62,6 +62,16 @@ pub enum ConfigError {
     /// The split leaves nothing to train on or to hold out.
     #[error("data: {0}")]
     Data(String),
+    /// A labelled set that the configuration names cannot be used.
+    #[error("{key} {url}: {reason}")]
+    LabelledSet {
+        /// Where the configuration names it.
+        key: String,
+        /// Where it should be.
+        url: String,
+        /// What is wrong, and what would be right.
+        reason: String,
+    },
 }
 
 impl RunConfig {

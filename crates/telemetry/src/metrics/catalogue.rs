@@ -36,6 +36,7 @@ metrics! { COORDINATOR, "Of the coordinator. Those of runs are of the replica th
     RUN_PROGRESS = "sgcl_run_progress_ratio" Gauge ["run"], "Share of the epochs that is trained, 0 to 1.";
     RUN_PACE = "sgcl_run_patches_per_second" Gauge ["run"], "Patches a second, all ranks.";
     RUN_LOSS = "sgcl_run_loss" Gauge ["run", "term"], "Loss of the newest step, by term.";
+    RUN_PROBE = "sgcl_run_probe_ratio" Gauge ["run", "figure"], "What the newest online probe found, by figure, 0 to 1.";
     RUN_LR = "sgcl_run_learning_rate" Gauge ["run"], "Learning rate of the newest step.";
     RUN_RESTARTS = "sgcl_run_restarts_total" Counter ["run"], "Failures survived; preemptions do not count.";
     RUN_REGROUPS = "sgcl_run_regroups_total" Counter ["run", "failure"], "Changes of membership, by whether a failure made them necessary.";

@@ -49,6 +49,7 @@ fn text(name: &str, run: &SgclRun, events: &[Event]) -> String {
         ("left", &status.eta),
         ("patches/s", &status.patches_per_second),
         ("goodput", &status.goodput),
+        ("probe", &status.probe),
         ("bucket", &status.url),
     ];
     for (name, value) in given {

@@ -5,6 +5,7 @@
 
 mod auto;
 mod check;
+mod evaluation;
 mod load;
 mod method;
 mod probe;
@@ -14,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 pub use auto::AutoOr;
 pub use check::Split;
+pub use evaluation::{Baseline, Evaluation, Protocol as EvalProtocol, Recipe as EvalRecipe};
 pub use load::{ConfigError, nearest};
 pub use method::Method;
 pub use probe::Probe;
@@ -152,6 +154,8 @@ pub struct RunConfig {
     pub data: Data,
     /// Scores of the encoder while it is trained.
     pub probe: Probe,
+    /// What the weights are evaluated on once they are exported.
+    pub evaluations: Vec<Evaluation>,
 }
 
 impl Default for RunConfig {
@@ -178,6 +182,7 @@ impl Default for RunConfig {
             max_restarts: 3,
             data: Data::default(),
             probe: Probe::default(),
+            evaluations: Vec::new(),
         }
     }
 }

@@ -40,7 +40,7 @@ pub use lease::Lease;
 pub use ledger::Ledger;
 pub use metrics::{MetricsWriter, StepMetrics, read_metrics};
 pub use orders::{Order, Orders};
-pub use probe::{LabelledSetError, ProbeSet};
+pub use probe::{LabelledSetError, ProbeSet, find_labelled_sets};
 pub use record::{FORMAT_VERSION, new_write_id};
 pub use spec::{RunName, Spec};
 pub use status::{EventKind, Events, Phase, RunStatus, list_runs};

@@ -1,4 +1,4 @@
-//! The labelled patches that a run's probe scores its encoder on: found and checked before the run begins.
+//! Labelled sets that a run's configuration names, for its probe and its evaluations: found and checked before the run begins.
 
 use sgcl_patchset::split::{self, SplitFileError, TEST_FRACTION};
 use sgcl_patchset::{IndexError, Labelled, ManifestError, OpenError, PatchSet, Store, StoreError};
@@ -40,6 +40,26 @@ async fn labelled(
         return Err(wrong(reason.to_owned()).into());
     }
     Ok(set)
+}
+
+/// Finds the labelled sets that `config` names, checks each, and puts its full URL in its place; `data` is the content id of the set that is
+/// trained on.
+///
+/// # Errors
+/// [`ConfigError::LabelledSet`] of the first that cannot be used; storage.
+pub async fn find_labelled_sets(
+    config: &mut RunConfig,
+    data: &str,
+    open: impl Fn(&str) -> Result<Store, StoreError>,
+) -> Result<(), LabelledSetError> {
+    if let Some(probe) = ProbeSet::open(config, data, &open).await? {
+        config.probe.dataset = Some(probe.set.store().url().to_owned());
+    }
+    for (at, evaluation) in config.evaluations.iter_mut().enumerate() {
+        let key = format!("evaluations[{at}].dataset");
+        evaluation.dataset = labelled(&key, &evaluation.dataset, &open).await?.store().url().to_owned();
+    }
+    Ok(())
 }
 
 /// A probe's patches.

@@ -12,8 +12,8 @@ use crate::{ConfigError, RunStoreError};
 const SPEC: &str = "spec.json";
 
 /// Configuration sections that change how a run is carried out, never what it computes: they may differ on resume.
-const ELASTIC: [&str; 7] =
-    ["device", "loader", "checkpoint", "step_timeout_s", "startup_timeout_s", "max_restarts", "probe"];
+const ELASTIC: [&str; 8] =
+    ["device", "loader", "checkpoint", "step_timeout_s", "startup_timeout_s", "max_restarts", "probe", "evaluations"];
 
 /// Name of a run: also a Kubernetes object and a folder, so a DNS label with room for suffixes.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

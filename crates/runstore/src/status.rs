@@ -206,7 +206,11 @@ pub async fn write_eval(run_store: &Store, name: &str, result: &impl Serialize) 
     Ok(run_store.put(&rel, text).await?)
 }
 
-async fn read_evals(run_store: &Store) -> Result<BTreeMap<String, Value>, RunStoreError> {
+/// Results of evaluations by name, as written.
+///
+/// # Errors
+/// One is damaged, or the storage.
+pub async fn read_evals(run_store: &Store) -> Result<BTreeMap<String, Value>, RunStoreError> {
     let mut evals = BTreeMap::new();
     for object in run_store.list("eval").await? {
         let Some(name) = object.rel.strip_prefix("eval/").and_then(|n| n.strip_suffix(".json")) else { continue };

@@ -1,5 +1,6 @@
 //! `eval`: `sgcl-worker` evaluates encoders; this shows and keeps what it found.
 
+pub(crate) mod after;
 mod detection;
 pub(crate) mod segmentation;
 pub(crate) mod table;

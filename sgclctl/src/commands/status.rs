@@ -90,6 +90,14 @@ fn text(status: &RunStatus, now: Timestamp) -> String {
             continue;
         }
         let share = |value: &serde_json::Value| value.as_f64().map_or_else(|| "–".to_owned(), percent);
+        if eval["evaluation"].is_object() {
+            let found = eval["protocols"].as_array().into_iter().flatten();
+            let found = found.filter_map(|found| {
+                Some(format!("{} {}", found["protocol"].as_str()?, super::eval::table::figure(&found["accuracy"])))
+            });
+            row("evaluated", format!("{name}: {}", found.collect::<Vec<_>>().join(", ")));
+            continue;
+        }
         row("probe", format!("{name}: kNN-20 {}, linear {}", share(&eval["knn"]["20"]), share(&eval["linear"])));
     }
     text

@@ -192,10 +192,10 @@ fn cards(facts: &Facts) -> Vec<Card> {
     }
     let knn = |value: &Value| value["knn"]["20"].as_f64();
     let evals = facts.evals();
-    let best = evals.iter().filter(|(name, _)| *name != "random").filter_map(|(_, v)| knn(v)).reduce(f64::max);
-    let random = evals.iter().find(|(name, _)| *name == "random").and_then(|(_, v)| knn(v));
-    if let Some(best) = best {
-        let note = random.map_or_else(
+    let trained =
+        evals.iter().filter(|(name, _)| *name != "random").filter_map(|(_, value)| Some((knn(value)?, value)));
+    if let Some((best, value)) = trained.max_by(|a, b| a.0.total_cmp(&b.0)) {
+        let note = random_beside(&evals, value).and_then(knn).map_or_else(
             || "k nearest neighbours, k = 20".to_owned(),
             |random| format!("random weights {} ({:+.1} points)", percent(random), 100.0 * (best - random)),
         );
@@ -296,15 +296,23 @@ fn shown(query: &Query, classes: &[String]) -> Shown {
     Shown { query: tile(&query.patch), neighbours: query.neighbours.iter().map(tile).collect() }
 }
 
+/// What random weights are worth on the set that `value` is of.
+fn random_beside<'a>(evals: &[(&str, &'a Value)], value: &Value) -> Option<&'a Value> {
+    let beside = |(name, other): &&(&str, &Value)| *name == "random" && other["data"] == value["data"];
+    evals.iter().find(beside).map(|(_, random)| *random)
+}
+
 fn eval_rows(facts: &Facts) -> Vec<EvalRow> {
     let evals = facts.evals();
     let knn = |value: &Value| value["knn"]["20"].as_f64();
-    let random = evals.iter().find(|(name, _)| *name == "random").and_then(|(_, value)| knn(value));
     let share = |value: &Value| value.as_f64().map_or_else(|| "–".to_owned(), percent);
     evals
         .iter()
         .map(|(name, value)| EvalRow {
-            name: (*name).to_owned(),
+            name: match value["evaluation"]["name"].as_str() {
+                Some(evaluation) => format!("{name} ({evaluation})"),
+                None => (*name).to_owned(),
+            },
             random: *name == "random",
             cells: vec![
                 share(&value["knn"]["10"]),
@@ -315,7 +323,7 @@ fn eval_rows(facts: &Facts) -> Vec<EvalRow> {
                 value["train_patches"].as_u64().map_or_else(|| "–".to_owned(), count),
                 value["test_patches"].as_u64().map_or_else(|| "–".to_owned(), count),
             ],
-            gain: match (random, knn(value)) {
+            gain: match (random_beside(&evals, value).and_then(knn), knn(value)) {
                 (Some(random), Some(own)) if *name != "random" => format!("{:+.1}", 100.0 * (own - random)),
                 _ => String::new(),
             },

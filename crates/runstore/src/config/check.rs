@@ -113,6 +113,7 @@ impl RunConfig {
             "data.slides is empty; leave it out to use all".into(),
         );
         wrong.extend(self.probe.wrong());
+        wrong.extend(super::evaluation::wrong(&self.evaluations));
         if wrong.is_empty() { Ok(()) } else { Err(ConfigError::Invalid(wrong)) }
     }
 

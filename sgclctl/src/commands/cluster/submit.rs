@@ -8,6 +8,7 @@ use kube::ResourceExt;
 use kube::api::PostParams;
 use serde_json::{Map, Value, json};
 use sgcl_coordinator::kube::TRACE_ANNOTATION;
+use sgcl_coordinator::kube::plan::check_on_cluster;
 use sgcl_coordinator::kube::resource::{SgclRun, SgclRunSpec};
 use sgcl_runstore::{ConfigError, RunConfig, RunName};
 
@@ -63,7 +64,8 @@ fn wanted(args: &SubmitArgs) -> Result<SgclRun> {
     // As the coordinator will check it, but here, where it was typed.
     let text = Value::Object(config.clone()).to_string();
     let name = args.file.as_deref().map_or_else(|| "(defaults)".to_owned(), |file| file.display().to_string());
-    RunConfig::from_yaml(&text, &name, &[])?;
+    let checked = RunConfig::from_yaml(&text, &name, &[])?;
+    check_on_cluster(&checked).map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
     spec.config = (!config.is_empty()).then_some(config);
     spec.nodes = args.nodes.unwrap_or(spec.nodes);
     let over = |own: &mut Option<String>, given: &Option<String>| {

@@ -139,6 +139,7 @@ impl<L: Launcher> Coordinator<L> {
             parts: BTreeMap::new(),
             forming: None,
             writing: false,
+            looking: 0,
             to_write: VecDeque::new(),
             asking: Vec::new(),
             inputs,
@@ -170,7 +171,7 @@ impl<L: Launcher> Coordinator<L> {
                 },
                 Some(Ended { slot, attempt, code }) = ends.recv() => Event::LaunchEnded { slot, attempt, code },
                 // Whoever waits for a commit waits for the storage, not for a rank that hangs.
-                _ = tick.tick() => if desk.writing {
+                _ = tick.tick() => if desk.writing || desk.looking > 0 {
                     Event::Progress { generation: desk.machine.generation(), step: 0 }
                 } else {
                     Event::Tick
@@ -223,6 +224,8 @@ struct Desk<'a, L> {
     forming: Option<(u64, Instant)>,
     /// A commit is being written: what is newest is not known before it ends.
     writing: bool,
+    /// Looks for the newest commit under way: none is written before they end.
+    looking: usize,
     /// Commits that wait for that.
     to_write: VecDeque<(u64, u64, Vec<v1::PartsWritten>)>,
     /// Who waits to hear which commit is newest.
@@ -327,15 +330,19 @@ impl<L: Launcher> Desk<'_, L> {
                 self.answer();
                 None
             }
-            Input::Found(place, result) => match result {
-                Ok(commit) => {
-                    let seq = commit.as_ref().map(|commit| commit.seq);
-                    self.commit = commit;
-                    self.tell(&place, rank_order::Order::Newest(v1::Newest { commit: seq }));
-                    None
+            Input::Found(place, result) => {
+                self.looking -= 1;
+                match result {
+                    Ok(commit) => {
+                        let seq = commit.as_ref().map(|commit| commit.seq);
+                        self.commit = commit;
+                        self.tell(&place, rank_order::Order::Newest(v1::Newest { commit: seq }));
+                        self.write_next();
+                        None
+                    }
+                    Err(error) => Some(Event::CommitFailed { reason: format!("no commit to go back to: {error:#}") }),
                 }
-                Err(error) => Some(Event::CommitFailed { reason: format!("no commit to go back to: {error:#}") }),
-            },
+            }
             Input::Committed { generation, step, result } => {
                 self.writing = false;
                 match result {
@@ -376,12 +383,13 @@ impl<L: Launcher> Desk<'_, L> {
         self.nodes.keys().find(|node| *node == name || node.starts_with(&slot)).cloned()
     }
 
-    /// Looks the newest intact commit up for those who ask, once none is being written.
+    /// Looks the newest intact commit up for those who ask, once none is being written or waits for that.
     fn answer(&mut self) {
-        if self.writing {
+        if self.writing || !self.to_write.is_empty() {
             return;
         }
         for place in self.asking.drain(..) {
+            self.looking += 1;
             let (run, inputs) = (self.owner.run.clone(), self.inputs.clone());
             tokio::spawn(async move {
                 let found = newest(&run).await;
@@ -517,9 +525,10 @@ impl<L: Launcher> Desk<'_, L> {
     }
 
     /// Writes a commit beside the event loop, and retires old ones behind it. One at a time: each follows the one before. Whoever waits to
-    /// hear of the newest is answered when none is left to write.
+    /// hear of the newest is answered when none is left to write; and none is written while it is looked for, since what is found would
+    /// then be older than what was made.
     fn write_next(&mut self) {
-        if self.writing {
+        if self.writing || self.looking > 0 {
             return;
         }
         let Some((generation, step, written)) = self.to_write.pop_front() else { return self.answer() };

@@ -34,12 +34,15 @@ async fn place() -> Place {
 
 impl Place {
     async fn begin(&self, name: &str, overrides: &[&str]) -> Running {
+        self.begin_at(TcpListener::bind("127.0.0.1:0").await.unwrap(), name, overrides).await
+    }
+
+    async fn begin_at(&self, listener: TcpListener, name: &str, overrides: &[&str]) -> Running {
         let mut environment: Vec<(String, String)> =
             self.server.environment().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         environment.push(("SGCL_SHARD_CACHE".into(), self.folder.path().join("cache").display().to_string()));
         let launcher = ProcessLauncher::new(worker(), name.to_owned(), 1, 2).with_threads(1);
         let launcher = launcher.with_environment(environment);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         start_over(listener, launcher, &self.bucket, &self.data, name, 1, 2, config(overrides)).await
     }
 
@@ -142,4 +145,31 @@ async fn a_bucket_that_is_full_ends_the_run_at_once_and_says_so() {
     }
     place.server.faults().full(false);
     assert!(Commits::new(&place.run("full")).newest_intact().await.unwrap().unwrap().skipped.is_empty());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_coordinator_makes_commits_over_storage_in_which_the_newest_is_long_looked_for() {
+    let place = place().await;
+    let sets = ["epochs=6", "checkpoint.every_steps=3", "step_timeout_s=60"];
+    let mut running = place.begin("looks", &sets).await;
+    running.view.wait_for(|view| view.last_commit.is_some()).await.unwrap();
+    let address = running.address;
+    running.outcome.abort();
+    let _ = running.outcome.await;
+    // To read a commit with all its parts takes longer than to make one.
+    place.server.faults().set("slow=1:200ms".parse().unwrap());
+    let listener = loop {
+        match TcpListener::bind(address).await {
+            Ok(listener) => break listener,
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    };
+    let mut next = place.begin_at(listener, "looks", &sets).await;
+    let first = next.view.wait_for(|view| view.last_commit.is_some()).await.unwrap().last_commit;
+    let more = next.view.wait_for(|view| view.last_commit >= first.map(|seq| seq + 2));
+    drop(tokio::time::timeout(Duration::from_secs(120), more).await.expect("no more commits").unwrap());
+    place.server.faults().set(sgcl_patchset::faults::FaultPlan::default());
+    let (outcome, _) = end(next).await;
+    assert_eq!(outcome, Outcome::Finished);
+    place.check("looks").await;
 }

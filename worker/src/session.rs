@@ -135,8 +135,14 @@ impl Line {
                 let of = |parts: &v1::PartsWritten| parts.step <= commit.step;
                 self.kept.retain(|kept| !matches!(&kept.event, Some(rank_event::Event::Parts(parts)) if of(parts)));
             }
-            // Nobody waits any more where the rank is at its end.
-            Some(order) => drop(self.inbox.send(order)),
+            Some(order) => {
+                if matches!(order, rank_order::Order::Newest(_)) {
+                    // Answered: asked again on a new line it would have all of a commit read for nothing.
+                    self.kept.retain(|kept| !matches!(kept.event, Some(rank_event::Event::AskCommit(_))));
+                }
+                // Nobody waits any more where the rank is at its end.
+                drop(self.inbox.send(order));
+            }
             None => {}
         }
     }

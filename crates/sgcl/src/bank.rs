@@ -287,7 +287,6 @@ impl Banks {
 
     /// Similarity of queries (B, ·) to all owned rows: (B, owned) f32, computed in the queries' kind. On a CPU it is written over `room`
     /// where that has this shape: new pages for a matrix as large as this cost a good part of the product.
-    #[must_use]
     pub fn scores(&self, bank: Bank, queries: &Tensor, room: Option<Tensor>) -> Tensor {
         let owned = self.bank(bank).narrow(0, 0, self.owned);
         let gpu = self.device() != Device::Cpu;

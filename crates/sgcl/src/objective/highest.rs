@@ -201,7 +201,7 @@ impl Row {
             for (place, &score) in (first..).zip(lanes) {
                 // Written in any case: no branch to guess wrong.
                 self.packed[kept] = pack(score, place);
-                kept += usize::from(!(score < least));
+                kept += usize::from((score >= least) | score.is_nan());
             }
         }
         kept
@@ -265,7 +265,7 @@ mod tests {
     fn a_sample_unlike_its_row_changes_nothing() {
         // Every sampled score is high, hardly any other.
         let stride = 4;
-        let one = |place: usize| if place % stride == 0 { 1.0 } else { -(place as f32) };
+        let one = |place: usize| if place.is_multiple_of(stride) { 1.0 } else { -(place as f32) };
         let row: Vec<f32> = (0..SAMPLE * stride).map(one).collect();
         let scores = Tensor::from_slice(&row).unsqueeze(0);
         let k = (SAMPLE + 100) as i64;

@@ -9,26 +9,12 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use sgcl_coordinator::launcher::Ended;
 use sgcl_coordinator::{Change, Launcher, Outcome, ProcessLauncher};
-use sgcl_patchset::{PatchSet, Store};
+use sgcl_patchset::PatchSet;
 use sgcl_runstore::checkpoint::read_tensors;
 use sgcl_runstore::verify::{Proof, verify};
-use sgcl_runstore::{Commits, RunName, Spec, Tensor};
-use support::{Process, Running, config, patch_set, processes, start, start_at, start_with, worker};
+use sgcl_runstore::{Commits, Spec, Tensor};
+use support::{Place, Process, Running, config, place, processes, start, start_at, start_with, worker};
 use tokio::sync::mpsc;
-
-struct Place {
-    _folder: tempfile::TempDir,
-    bucket: Store,
-    data: String,
-}
-
-async fn place() -> Place {
-    let folder = tempfile::tempdir().unwrap();
-    let data = folder.path().join("patches").display().to_string();
-    patch_set(&Store::open(&data).unwrap(), 2, 9).await;
-    let bucket = Store::open(&folder.path().join("bucket").display().to_string()).unwrap();
-    Place { _folder: folder, bucket, data }
-}
 
 fn elastic(overrides: &[&str]) -> sgcl_runstore::RunConfig {
     let mut all = vec!["epochs=6", "max_restarts=1000", "step_timeout_s=20", "checkpoint.keep_last=3"];
@@ -59,7 +45,7 @@ async fn changes(running: &mut Running, count: usize) -> Vec<Change> {
 }
 
 async fn proof(place: &Place, name: &str) -> Proof {
-    let run = RunName::new(name).unwrap().store(&place.bucket);
+    let run = place.run(name);
     let spec = Spec::find(&run).await.unwrap().unwrap();
     let set = PatchSet::open(&place.data).await.unwrap();
     verify(&Commits::new(&run), &spec, &set, |_, _| {}).await.unwrap()
@@ -82,7 +68,7 @@ async fn a_killed_rank_costs_no_step_and_its_replacement_is_fed_by_its_peers(
     #[case] name: &str,
     #[case] sets: &[&str],
 ) {
-    let place = place().await;
+    let place = place(2, 9).await;
     let mut running = start(&place.bucket, &place.data, name, 2, 2, elastic(sets)).await;
     step(&mut running, 8).await;
     assert!(ranks(name)[1].signal(Signal::SIGKILL));
@@ -101,7 +87,7 @@ async fn a_killed_rank_costs_no_step_and_its_replacement_is_fed_by_its_peers(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_node_and_a_drained_one_cost_no_step() {
-    let place = place().await;
+    let place = place(2, 9).await;
     let mut running = start(&place.bucket, &place.data, "node", 2, 1, elastic(&[])).await;
     step(&mut running, 8).await;
     assert!(supervisors("node")[0].signal(Signal::SIGKILL));
@@ -121,7 +107,7 @@ async fn a_killed_node_and_a_drained_one_cost_no_step() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_copies_a_drained_node_hands_its_shards_over() {
-    let place = place().await;
+    let place = place(2, 9).await;
     let mut running = start(&place.bucket, &place.data, "alone", 2, 1, elastic(&["bank.replicas=0"])).await;
     step(&mut running, 8).await;
     assert!(supervisors("alone")[1].signal(Signal::SIGTERM));
@@ -134,7 +120,7 @@ async fn without_copies_a_drained_node_hands_its_shards_over() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hanging_rank_is_replaced() {
-    let place = place().await;
+    let place = place(2, 9).await;
     let mut running = start(&place.bucket, &place.data, "hang", 2, 1, elastic(&["step_timeout_s=6"])).await;
     step(&mut running, 8).await;
     assert!(ranks("hang")[1].signal(Signal::SIGSTOP));
@@ -147,7 +133,7 @@ async fn a_hanging_rank_is_replaced() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_every_copy_gone_the_run_goes_back_to_the_newest_commit() {
-    let place = place().await;
+    let place = place(2, 9).await;
     let mut running = start(&place.bucket, &place.data, "all", 2, 1, elastic(&["checkpoint.every_steps=5"])).await;
     running.view.wait_for(|view| view.step >= 14 && view.last_commit.is_some()).await.unwrap();
     assert!(ranks("all").iter().all(|rank| rank.signal(Signal::SIGKILL)));
@@ -161,7 +147,7 @@ async fn with_every_copy_gone_the_run_goes_back_to_the_newest_commit() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn training_goes_on_without_its_coordinator_and_the_next_one_takes_it_over() {
-    let place = place().await;
+    let place = place(2, 9).await;
     let sets = ["epochs=30", "checkpoint.every_steps=20"];
     let mut running = start(&place.bucket, &place.data, "headless", 2, 1, elastic(&sets)).await;
     step(&mut running, 8).await;
@@ -195,13 +181,13 @@ async fn training_goes_on_without_its_coordinator_and_the_next_one_takes_it_over
 #[case("a commit of a future version", "version 99")]
 #[tokio::test(flavor = "multi_thread")]
 async fn damage_is_named_and_the_run_goes_on_from_the_commit_before(#[case] damage: &str, #[case] word: &str) {
-    let place = place().await;
+    let place = place(2, 9).await;
     let sets = ["epochs=2", "checkpoint.every_steps=4"];
     let mut running = start(&place.bucket, &place.data, "torn", 1, 2, elastic(&sets)).await;
     running.view.wait_for(|view| view.step >= 9 && view.last_commit >= Some(2)).await.unwrap();
     running.stop.cancel();
     running.outcome.await.unwrap();
-    let run = RunName::new("torn").unwrap().store(&place.bucket);
+    let run = place.run("torn");
     let commits = Commits::new(&run);
     let newest = commits.latest().await.unwrap().unwrap();
     let part = run.local_path(&newest.progress.parts[0].path).unwrap();
@@ -265,7 +251,7 @@ impl Launcher for Once {
 
 /// Every tensor of the newest commit, by part and name.
 async fn state(place: &Place, name: &str) -> Vec<(String, Tensor)> {
-    let run = RunName::new(name).unwrap().store(&place.bucket);
+    let run = place.run(name);
     let commit = Commits::new(&run).newest_intact().await.unwrap().unwrap().commit;
     let mut state = Vec::new();
     for part in &commit.progress.parts {
@@ -278,7 +264,7 @@ async fn state(place: &Place, name: &str) -> Vec<(String, Tensor)> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_lost_in_mid_step_leaves_the_weights_that_one_drained_before_it_leaves() {
-    let place = place().await;
+    let place = place(2, 9).await;
     let config = || elastic(&["epochs=4"]);
     let begin = async |name: &str| {
         let launcher = Once(ProcessLauncher::new(worker(), name.to_owned(), 2, 1).with_threads(1));

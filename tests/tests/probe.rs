@@ -10,49 +10,17 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use sgcl_coordinator::{Change, Outcome};
 use sgcl_patchset::{PatchSet, Store};
-use sgcl_runstore::checkpoint::read_tensors;
 use sgcl_runstore::verify::verify;
-use sgcl_runstore::{Commits, ProbeSet, RunConfig, RunName, RunStatus, Spec, StepMetrics, Tensor, read_metrics};
+use sgcl_runstore::{Commits, ProbeSet, RunConfig, RunStatus, Spec, StepMetrics, read_metrics};
 use sgcl_tests::Programs;
-use support::{Running, config, patch_set, processes, start, textured, train, worker};
-
-struct Place {
-    folder: tempfile::TempDir,
-    bucket: Store,
-    data: String,
-}
-
-async fn place(slides: u64, side: i32) -> Place {
-    let folder = tempfile::tempdir().unwrap();
-    let data = folder.path().join("patches").display().to_string();
-    patch_set(&Store::open(&data).unwrap(), slides, side).await;
-    let bucket = Store::open(&folder.path().join("bucket").display().to_string()).unwrap();
-    Place { folder, bucket, data }
-}
+use support::{Place, Running, config, patch_set, place, processes, start, state, textured, train, worker};
 
 impl Place {
-    fn run(&self, name: &str) -> Store {
-        RunName::new(name).unwrap().store(&self.bucket)
-    }
-
     /// A configuration that probes on a set, the run's own unless another is given.
     fn probing(&self, dataset: Option<&str>, sets: &[&str]) -> RunConfig {
         let dataset = format!("probe.dataset={}", dataset.unwrap_or(&self.data));
         config(&[&[dataset.as_str(), "probe.every_epochs=1"][..], sets].concat())
     }
-}
-
-/// Every stored tensor of the newest commit, by part and name.
-async fn state(run: &Store) -> Vec<(String, Tensor)> {
-    let commit = Commits::new(run).newest_intact().await.unwrap().unwrap().commit;
-    let mut state = Vec::new();
-    for part in &commit.progress.parts {
-        for tensor in read_tensors(run, part).await.unwrap() {
-            state.push((format!("{:?} {} {}", part.kind, part.path.rsplit('/').next().unwrap(), tensor.name), tensor));
-        }
-    }
-    state.sort_by(|a, b| a.0.cmp(&b.0));
-    state
 }
 
 fn accuracy(step: &StepMetrics) -> Option<f64> {

@@ -5,42 +5,10 @@ mod support;
 
 use sgcl_coordinator::Outcome;
 use sgcl_patchset::{PatchSet, Store};
-use sgcl_runstore::checkpoint::read_tensors;
 use sgcl_runstore::metrics::read_metrics;
 use sgcl_runstore::status::{Phase, RunStatus};
-use sgcl_runstore::{Commits, RunName, Tensor, export};
-use support::{config, patch_set, small, start, train};
-
-struct Place {
-    _folder: tempfile::TempDir,
-    bucket: Store,
-    data: String,
-}
-
-async fn place(slides: u64, side: i32) -> Place {
-    let folder = tempfile::tempdir().unwrap();
-    let data = folder.path().join("patches").display().to_string();
-    patch_set(&Store::open(&data).unwrap(), slides, side).await;
-    let bucket = Store::open(&folder.path().join("bucket").display().to_string()).unwrap();
-    Place { _folder: folder, bucket, data }
-}
-
-fn run(bucket: &Store, name: &str) -> Store {
-    RunName::new(name).unwrap().store(bucket)
-}
-
-/// Every stored tensor of the newest commit but the ids, by part kind and name.
-async fn state(run: &Store) -> Vec<(String, Tensor)> {
-    let commit = Commits::new(run).newest_intact().await.unwrap().unwrap().commit;
-    let mut state = Vec::new();
-    for part in &commit.progress.parts {
-        for tensor in read_tensors(run, part).await.unwrap() {
-            state.push((format!("{:?} {} {}", part.kind, part.path.rsplit('/').next().unwrap(), tensor.name), tensor));
-        }
-    }
-    state.sort_by(|a, b| a.0.cmp(&b.0));
-    state
-}
+use sgcl_runstore::{Commits, export};
+use support::{config, place, small, start, state, train};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_on_two_ranks_uses_every_patch_and_leaves_weights() {
@@ -48,7 +16,7 @@ async fn a_run_on_two_ranks_uses_every_patch_and_leaves_weights() {
     let outcome = train(&place.bucket, &place.data, "two", 1, 2, config(&["data.holdout_fraction=0.3"])).await;
     assert_eq!(outcome, Outcome::Finished);
 
-    let run = run(&place.bucket, "two");
+    let run = place.run("two");
     let commit = Commits::new(&run).newest_intact().await.unwrap().unwrap().commit;
     assert!(commit.progress.done);
     let ledger = Commits::new(&run).ledger(&commit.progress.ledger).await.unwrap();
@@ -75,7 +43,7 @@ async fn the_same_global_batch_gives_the_same_losses_on_one_rank_two_ranks_and_t
     for (name, nodes, ranks, accumulate) in [("one", 1, 1, 2), ("ranks", 1, 2, 1), ("nodes", 2, 1, 1)] {
         let config = config(&[&format!("batch.accumulate={accumulate}"), "objective.double=true"]);
         assert_eq!(train(&place.bucket, &place.data, name, nodes, ranks, config).await, Outcome::Finished);
-        let metrics = read_metrics(&run(&place.bucket, name)).await.unwrap();
+        let metrics = read_metrics(&place.run(name)).await.unwrap();
         curves.push(metrics.iter().map(|step| step.values["loss/total"]).collect::<Vec<_>>());
     }
     assert!(curves[0].len() >= 20, "{} steps", curves[0].len());
@@ -99,12 +67,12 @@ async fn a_run_stopped_in_mid_epoch_and_resumed_equals_an_undisturbed_one_bit_fo
     running.view.wait_for(|view| view.step >= 3).await.unwrap();
     running.stop.cancel();
     assert!(matches!(running.outcome.await.unwrap(), Outcome::Suspended { .. }));
-    let parted = run(&place.bucket, "parted");
+    let parted = place.run("parted");
     let commit = Commits::new(&parted).latest().await.unwrap().unwrap();
     assert!(!commit.progress.done && commit.progress.cursor > 0);
     assert_eq!(train(&place.bucket, &place.data, "parted", 1, 2, config(sets)).await, Outcome::Finished);
 
-    let (whole, parted) = (state(&run(&place.bucket, "whole")).await, state(&parted).await);
+    let (whole, parted) = (state(&place.run("whole")).await, state(&parted).await);
     assert_eq!(whole.len(), parted.len());
     for ((name, a), (other, b)) in whole.iter().zip(&parted) {
         assert_eq!(name, other);
@@ -120,7 +88,7 @@ async fn a_run_resumed_on_another_number_of_ranks_uses_the_rest_of_the_epoch_onc
     running.view.wait_for(|view| view.step >= 2).await.unwrap();
     running.stop.cancel();
     running.outcome.await.unwrap();
-    let run = run(&place.bucket, "fewer");
+    let run = place.run("fewer");
     let stopped = Commits::new(&run).latest().await.unwrap().unwrap();
     assert_eq!(train(&place.bucket, &place.data, "fewer", 1, 1, config(&["epochs=1"])).await, Outcome::Finished);
 
@@ -173,7 +141,7 @@ async fn the_family_learns_without_what_it_has_no_use_for(#[case] method: &str, 
     ];
     let config = small(Some(&file), &sets);
     assert_eq!(train(&place.bucket, &place.data, method, 1, 2, config).await, Outcome::Finished);
-    let run = run(&place.bucket, method);
+    let run = place.run(method);
     let metrics = read_metrics(&run).await.unwrap();
     for step in &metrics {
         let named: Vec<&str> = step.values.keys().filter_map(|name| name.strip_prefix("loss/")).collect();

@@ -9,7 +9,8 @@ use rand::Rng as _;
 use sgcl_coordinator::{Coordinator, Launcher, Outcome, ProcessLauncher, RunView};
 use sgcl_draw::{Purpose, rng};
 use sgcl_patchset::{Manifest, Opened, PatchSet, PatchSetWriter, SlideInfo, Store, WriterOptions};
-use sgcl_runstore::{RunConfig, RunName, Spec};
+use sgcl_runstore::checkpoint::read_tensors;
+use sgcl_runstore::{Commits, RunConfig, RunName, Spec, Tensor};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -229,4 +230,40 @@ pub fn processes(run: &str) -> Vec<Process> {
     }
     found.sort_by(|a, b| (&a.node, a.local_rank).cmp(&(&b.node, b.local_rank)));
     found
+}
+
+/// A patch set and a bucket in a folder that goes with them.
+pub struct Place {
+    pub folder: tempfile::TempDir,
+    pub bucket: Store,
+    pub data: String,
+}
+
+/// With a patch set of `slides` slides of side × side patches.
+pub async fn place(slides: u64, side: i32) -> Place {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("patches").display().to_string();
+    patch_set(&Store::open(&data).unwrap(), slides, side).await;
+    let bucket = Store::open(&folder.path().join("bucket").display().to_string()).unwrap();
+    Place { folder, bucket, data }
+}
+
+impl Place {
+    /// The part of the bucket of the run called `name`.
+    pub fn run(&self, name: &str) -> Store {
+        RunName::new(name).unwrap().store(&self.bucket)
+    }
+}
+
+/// Every stored tensor of the newest commit, by part kind and name.
+pub async fn state(run: &Store) -> Vec<(String, Tensor)> {
+    let commit = Commits::new(run).newest_intact().await.unwrap().unwrap().commit;
+    let mut state = Vec::new();
+    for part in &commit.progress.parts {
+        for tensor in read_tensors(run, part).await.unwrap() {
+            state.push((format!("{:?} {} {}", part.kind, part.path.rsplit('/').next().unwrap(), tensor.name), tensor));
+        }
+    }
+    state.sort_by(|a, b| a.0.cmp(&b.0));
+    state
 }

@@ -4,7 +4,7 @@
 mod support;
 
 use sgcl_coordinator::Outcome;
-use sgcl_patchset::{PatchSet, Store};
+use sgcl_patchset::PatchSet;
 use sgcl_runstore::metrics::read_metrics;
 use sgcl_runstore::status::{Phase, RunStatus};
 use sgcl_runstore::{Commits, export};

@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 # Read back from what scripts/setup wrote for cargo; a value of the caller's own wins.
 python = $${SGCL_PYTHON:-$$(sed -n 's/^SGCL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)}
 
-.PHONY: help setup setup-tests build demo test test-chaos soak test-simulation test-goldens test-cluster test-observability images lint nccl bench-objective bench-kmeans bench-preemption bench-embed bench-science doc clean
+.PHONY: help setup setup-tests build demo test test-chaos soak test-simulation test-goldens test-cluster test-observability images lint nccl bench-cluster bench-objective bench-kmeans bench-preemption bench-embed bench-science doc clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ images: build ## the images of deploy/Dockerfile, with docker, podman or buildah
 
 test-cluster: build ## installs on a real cluster of three nodes on this machine, trains there, and breaks things (root, Linux)
 	SGCL_PYTHON="$(python)" tests/cluster/run $(ARGS)
+
+bench-cluster: build ## 200 runs of five nodes on fake machines: memory, requests, time from submit to Job, takeover (root, Linux)
+	SGCL_PYTHON="$(python)" tests/cluster/run --only fleet $(ARGS)
 
 test-observability: setup-tests ## traces through the OpenTelemetry collector, rules and metrics through Prometheus (fetches both, the first time)
 	cargo build --release --locked --workspace --bins --tests

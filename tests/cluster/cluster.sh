@@ -66,6 +66,16 @@ start() {                            # name command...: the log and the pid are 
 
 control_plane() {
   local pki=$STATE/pki
+  # Who asked for what when: the coordinator's requests, and runs.
+  cat >"$STATE/audit.yaml" <<YAML
+apiVersion: audit.k8s.io/v1
+kind: Policy
+omitStages: [RequestReceived, ResponseStarted]
+rules:
+  - {level: Metadata, users: ["system:serviceaccount:sgcl:sgcl-coordinator"]}
+  - {level: Metadata, resources: [{group: sgcl.dev, resources: [sgclruns]}]}
+  - {level: None}
+YAML
   start etcd "$SERVER" etcd --data-dir "$STATE/etcd" --unsafe-no-fsync
   start apiserver "$SERVER" kube-apiserver --etcd-servers=http://127.0.0.1:2379 --advertise-address=$HOST \
     --tls-cert-file="$pki/apiserver.crt" --tls-private-key-file="$pki/apiserver.key" --client-ca-file="$pki/ca.crt" \
@@ -73,10 +83,11 @@ control_plane() {
     --service-account-issuer=https://kubernetes.default.svc --service-cluster-ip-range=10.96.0.0/16 \
     --authorization-mode=Node,RBAC --enable-admission-plugins=NodeRestriction --allow-privileged=true \
     --kubelet-client-certificate="$pki/admin.crt" --kubelet-client-key="$pki/admin.key" \
-    --kubelet-preferred-address-types=InternalIP
+    --kubelet-preferred-address-types=InternalIP --audit-policy-file="$STATE/audit.yaml" --audit-log-path="$STATE/log/audit.log"
   start controllers "$SERVER" kube-controller-manager --kubeconfig="$pki/controllers.kubeconfig" \
     --service-account-private-key-file="$pki/sa.key" --root-ca-file="$pki/ca.crt" --use-service-account-credentials \
-    --allocate-node-cidrs=false --leader-elect=false --node-monitor-period=1s --node-monitor-grace-period=8s
+    --allocate-node-cidrs=false --leader-elect=false --node-monitor-period=1s --node-monitor-grace-period=8s \
+    --kube-api-qps=200 --kube-api-burst=400 # else a thousand Jobs wait for the Job controller's own limit
   start scheduler "$SERVER" kube-scheduler --kubeconfig="$pki/scheduler.kubeconfig" --leader-elect=false
   start proxy "$SERVER" kube-proxy --kubeconfig="$pki/proxy.kubeconfig" --cluster-cidr=10.244.0.0/16 \
     --hostname-override=node-0 --proxy-mode=iptables --conntrack-max-per-core=0 \

@@ -47,6 +47,18 @@ fn train<'a>(data: &'a str, bucket: &'a str, name: &'a str) -> Vec<&'a str> {
 }
 
 #[test]
+fn it_starts_where_neither_libtorch_nor_openslide_is_installed() {
+    let sgclctl = Programs::find().unwrap().sgclctl(&[]);
+    let read =
+        Command::new("readelf").arg("-d").arg(sgclctl.get_program()).output().expect("binutils: run `make setup`");
+    let text = String::from_utf8_lossy(&read.stdout);
+    let needed: Vec<&str> = text.lines().filter(|line| line.contains("(NEEDED)")).collect();
+    assert!(needed.iter().any(|line| line.contains("libc.so")), "{text}");
+    let optional: Vec<_> = needed.iter().filter(|line| line.contains("torch") || line.contains("openslide")).collect();
+    assert!(optional.is_empty(), "sgclctl is linked with {optional:?}");
+}
+
+#[test]
 fn slides_become_weights_through_an_s3_server_alone() {
     let folder = tempfile::tempdir().unwrap();
     let server = S3Server::start(&folder.path().join("s3"), &["lab"]).unwrap();

@@ -22,9 +22,9 @@ fn names(bill: &Value) -> Vec<&str> {
 }
 
 #[rstest::rstest]
-#[case("sgcl-coordinator", &["tonic", "kube", "rustls"], &["tch", "torch", "openslide-rs"])]
-#[case("sgcl-worker", &["tonic", "tch", "torch"], &["kube", "openslide-rs"])]
-#[case("sgclctl", &["tonic", "kube", "openslide-rs"], &["tch", "torch"])]
+#[case("sgcl-coordinator", &["tonic", "kube", "rustls"], &["tch", "torch", "sgcl-openslide"])]
+#[case("sgcl-worker", &["tonic", "tch", "torch"], &["kube", "sgcl-openslide"])]
+#[case("sgclctl", &["tonic", "kube", "sgcl-openslide"], &["tch", "torch"])]
 fn a_bill_lists_what_is_linked_with_its_origin_and_licence(
     #[case] program: &str,
     #[case] has: &[&str],

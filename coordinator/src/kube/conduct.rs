@@ -27,6 +27,7 @@ use super::launcher::KubeLauncher;
 use super::plan::Plan;
 use super::pods::{PodFacts, Pods};
 use super::prepare::{Prepared, Refusal, prepare};
+use super::queue;
 use super::report::{Facts, Reporter, regrouped, share, trains};
 use super::resource::{Phase, SgclRun};
 use super::{MANAGER, RUN_LABEL, TRACE_ANNOTATION};
@@ -274,6 +275,12 @@ impl Conductor {
             self.reporter.tell(&Facts { phase, ..facts }).await;
             return Ok(Next::Rest);
         }
+        let training = before == status::Phase::Running;
+        if let Some(queue) = plan.pods.queue.as_ref().filter(|_| !training)
+            && let Some(message) = queue::missing(&self.shared.client, &self.shared.namespace, queue).await
+        {
+            return Ok(Next::Retry(message));
+        }
         if !held(run) {
             self.hold(run, &[FINALIZER]).await?;
         }
@@ -289,7 +296,6 @@ impl Conductor {
         let launcher = KubeLauncher::open(jobs, pods, &self.name, owner, plan.pods.clone(), line, ranks).await?;
         launcher.trim(plan.nodes);
         let mut news = self.shared.pods.of_run(&self.name);
-        let training = before == status::Phase::Running;
         let wish = Wish::of(run);
         let gathering = self.gather(wish, object, plan, &launcher, &mut news, &mut facts, training);
         let gathered = gathering.instrument(info_span!("admission", nodes = plan.nodes)).await;

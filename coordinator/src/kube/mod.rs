@@ -6,6 +6,7 @@
 //! | [`defaults`] | what a run leaves open: ConfigMap `sgcl-defaults` |
 //! | [`plan`] | a run with its defaults: what to train, and what its pods need |
 //! | [`prepare`] | its place in the bucket |
+//! | [`queue`] | whether the queue that it names is there |
 //! | [`job`] | one Job a node slot and attempt |
 //! | [`pods`] | what pods say: exit codes, and what keeps them waiting |
 //! | [`book`] | which Jobs a run has, and what they mean to its state machine |
@@ -28,6 +29,7 @@ pub mod lease;
 pub mod plan;
 pub mod pods;
 pub mod prepare;
+pub mod queue;
 pub mod report;
 pub mod resource;
 pub mod trust;

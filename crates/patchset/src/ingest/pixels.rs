@@ -74,10 +74,17 @@ fn plain<R: BufRead + Seek>(reader: image::ImageReader<R>, memory: u64) -> image
     Ok(Rgb { width, height, pixels })
 }
 
+/// Formats that hold no pyramid.
+#[cfg(feature = "openslide")]
+fn is_never_a_slide(path: &Path) -> bool {
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+    ["png", "jpg", "jpeg", "bmp"].iter().any(|plain| extension.eq_ignore_ascii_case(plain))
+}
+
 /// An opened slide or image.
 pub(crate) enum Pixels {
     #[cfg(feature = "openslide")]
-    Slide(Box<openslide_rs::OpenSlide>),
+    Slide(Box<sgcl_openslide::Slide>),
     Image(Rgb),
 }
 
@@ -85,10 +92,16 @@ impl Pixels {
     /// Opens what OpenSlide knows, else a plain image.
     pub(crate) fn open(path: &Path) -> Result<Self, SlideError> {
         #[cfg(feature = "openslide")]
-        if openslide_rs::OpenSlide::detect_vendor(path).is_ok() {
-            let slide = openslide_rs::OpenSlide::new(path)
-                .map_err(|e| SlideError::Skip(format!("OpenSlide cannot read it: {e}; is the file whole?")))?;
-            return Ok(Self::Slide(Box::new(slide)));
+        match sgcl_openslide::knows(path) {
+            Ok(true) => {
+                let slide = sgcl_openslide::Slide::open(path)
+                    .map_err(|e| SlideError::Skip(format!("OpenSlide cannot read it: {e}; is the file whole?")))?;
+                return Ok(Self::Slide(Box::new(slide)));
+            }
+            Ok(false) => {}
+            // Read as a plain image, a slide would lose its levels and its scale.
+            Err(missing) if !is_never_a_slide(path) => return Err(SlideError::Skip(missing.to_string())),
+            Err(_) => {}
         }
         let skip = |e: &dyn std::fmt::Display| {
             SlideError::Skip(format!("neither a slide that OpenSlide opens nor a PNG, JPEG, TIFF or BMP image: {e}"))
@@ -101,12 +114,9 @@ impl Pixels {
     pub(crate) fn levels(&self) -> Vec<(u32, u32, f64)> {
         match self {
             #[cfg(feature = "openslide")]
-            Self::Slide(slide) => slide
-                .all_level_dimensions()
-                .iter()
-                .zip(slide.all_level_downsamples())
-                .map(|(size, &downsample)| (size.w, size.h, downsample))
-                .collect(),
+            Self::Slide(slide) => {
+                slide.levels().iter().map(|level| (level.width, level.height, level.downsample)).collect()
+            }
             Self::Image(image) => vec![(image.width, image.height, 1.0)],
         }
     }
@@ -116,7 +126,7 @@ impl Pixels {
         match self {
             #[cfg(feature = "openslide")]
             Self::Slide(slide) => {
-                let side = |name| slide.property_value(name).ok()?.parse::<f64>().ok();
+                let side = |name| slide.property(name)?.parse::<f64>().ok();
                 let (x, y) = (side("openslide.mpp-x")?, side("openslide.mpp-y")?);
                 let mpp = (x + y) / 2.0;
                 (mpp.is_finite() && mpp > 0.0).then_some(mpp)
@@ -138,14 +148,15 @@ impl Pixels {
         match self {
             #[cfg(feature = "openslide")]
             Self::Slide(slide) => {
-                use openslide_rs::{Address, Region, Size};
-                let failed =
-                    |e: openslide_rs::errors::OpenSlideError| SlideError::Skip(format!("cannot read at {x}, {y}: {e}"));
-                let region = Region { size: Size { w: width, h: height }, level, address: Address { x, y } };
-                let argb = slide.read_region(&region).map_err(failed)?;
+                let argb = slide
+                    .read_region(level, [x, y], width, height)
+                    .map_err(|e| SlideError::Skip(format!("cannot read at {x}, {y}: {e}")))?;
                 // Premultiplied: what is missing to full opacity is white light.
-                let pixels =
-                    argb.chunks_exact(4).flat_map(|p| [2, 1, 0].map(|c| p[c].saturating_add(255 - p[3]))).collect();
+                let over_white = |pixel: u32| {
+                    let [alpha, rgb @ ..] = pixel.to_be_bytes();
+                    rgb.map(|colour| colour.saturating_add(255 - alpha))
+                };
+                let pixels = argb.into_iter().flat_map(over_white).collect();
                 Ok(Rgb { width, height, pixels })
             }
             Self::Image(image) => {

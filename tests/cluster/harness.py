@@ -18,6 +18,9 @@ SERVER = CACHE / "bin/testcluster"
 BIN = Path(os.environ.get("CARGO_TARGET_DIR", ROOT / "target")) / "release"
 CLUSTER = HERE / "cluster.sh"
 ENV = {**os.environ, "STATE": str(STATE), "SERVER": str(SERVER)}
+# A cluster of the user's own, by its name in the kubeconfig; it pulls, or has, the images that `make images` makes.
+CONTEXT = os.environ.get("SGCL_TEST_CONTEXT")
+KUBECTL = ["kubectl"] if CONTEXT else [CLUSTER, "kubectl"]
 TOOLS = ["go", "containerd", "runc", "iptables", "ip", "buildah", "debootstrap", "nsenter", "gcc", "openssl", "strip"]
 VERSITYGW = "github.com/versity/versitygw/cmd/versitygw@v1.8.0"
 NAMESPACE = "sgcl"
@@ -63,6 +66,9 @@ def wait_for(what, look, seconds=120, every=0.25):
 
 def why_not():
     """Why this cannot run here, or None."""
+    if CONTEXT:
+        missing = [tool for tool in ("kubectl", "python3") if not shutil.which(tool)] + unbuilt()
+        return f"these are missing: {' '.join(missing)}" if missing else None
     if sys.platform != "linux" or os.geteuid() != 0:
         return "it needs root on Linux"
     missing = [tool for tool in TOOLS if not shutil.which(tool)]
@@ -70,14 +76,29 @@ def why_not():
         return f"these are not installed: {' '.join(missing)}"
     if not Path("/usr/lib/cni/bridge").exists():
         return "Debian's containernetworking-plugins is not installed"
-    unbuilt = [name for name in ("sgclctl", "sgcl-worker", "sgcl-coordinator") if not (BIN / name).exists()]
-    if unbuilt:
-        return f"not built in {BIN}: {' '.join(unbuilt)} (make build)"
+    if unbuilt():
+        return f"these are missing: {' '.join(unbuilt())}"
     return None
+
+
+def unbuilt():
+    return [f"{BIN / name} (make build)" for name in ("sgclctl", "sgcl-worker", "sgcl-coordinator") if not (BIN / name).exists()]
 
 
 def prepare():
     (CACHE / "bin").mkdir(parents=True, exist_ok=True)
+    if not CONTEXT:
+        prepare_servers()
+    python = CACHE / "python"
+    if not (python / "complete").exists():
+        say("fetching boto3")
+        shutil.rmtree(python, ignore_errors=True)
+        run([sys.executable, "-m", "venv", python])
+        run([python / "bin/python", "-m", "pip", "--quiet", "install", "boto3==1.40.0"])
+        (python / "complete").touch()
+
+
+def prepare_servers():
     stamp = CACHE / "bin/testcluster.source"
     source = "".join((HERE / name).read_text() for name in ("main.go", "go.mod"))
     if not SERVER.exists() or not stamp.exists() or stamp.read_text() != source:
@@ -94,13 +115,6 @@ def prepare():
         shutil.rmtree(base, ignore_errors=True)
         run(["debootstrap", "--variant=minbase", "--include=ca-certificates", "bookworm", base])
         (base / "complete").touch()
-    python = CACHE / "python"
-    if not (python / "complete").exists():
-        say("fetching boto3")
-        shutil.rmtree(python, ignore_errors=True)
-        run([sys.executable, "-m", "venv", python])
-        run([python / "bin/python", "-m", "pip", "--quiet", "install", "boto3==1.40.0"])
-        (python / "complete").touch()
 
 
 SMALL = """etc/passwd etc/group etc/nsswitch.conf etc/ssl/certs/ca-certificates.crt usr/lib64/ld-linux-x86-64.so.2
@@ -187,13 +201,41 @@ class Cluster:
             self.process.kill()
 
 
+class Context:
+    """The user's own cluster. What is installed there is removed again, so it must not be there before."""
+
+    def __enter__(self):
+        STATE.mkdir(parents=True, exist_ok=True)
+        kubeconfig = STATE / "context.kubeconfig"
+        kubeconfig.touch(mode=0o600)
+        kubeconfig.write_text(run(["kubectl", "config", "view", "--context", CONTEXT, "--minify", "--flatten", "--raw"]).stdout)
+        ENV["KUBECONFIG"] = str(kubeconfig)
+        there = kubectl("get", "namespace", NAMESPACE, "-o", "name", check=False)
+        expect(not there, f"{CONTEXT} has a namespace {NAMESPACE} already: this test would remove what is in it")
+        self.process = None
+        return self
+
+    def forward(self):
+        """The S3 server, reachable from here."""
+        self.process = subprocess.Popen(["kubectl", "-n", NAMESPACE, "port-forward", "service/sgcl-s3", "7070:7070"],
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENV)
+        time.sleep(2)
+        expect(self.process.poll() is None, "the S3 server cannot be reached: port 7070 must be free")
+        return "127.0.0.1"
+
+    def __exit__(self, *_):
+        if self.process:
+            self.process.kill()
+        (STATE / "context.kubeconfig").unlink(missing_ok=True)
+
+
 def inside(command, check=True, env=None):
     pairs = [f"{name}={value}" for name, value in (env or {}).items()]
-    return run([CLUSTER, "exec", "env", *pairs, *command], check=check)
+    return run([*([] if CONTEXT else [CLUSTER, "exec"]), "env", *pairs, *command], check=check)
 
 
 def kubectl(*words, check=True):
-    return run([CLUSTER, "kubectl", *words], check=check).stdout
+    return run([*KUBECTL, *words], check=check).stdout
 
 
 def objects(kind, *words):
@@ -237,7 +279,7 @@ def steps(run_name):
     return status(run_name).get("step", 0)
 
 
-def install():
+def install(cluster):
     say("kubectl apply -f deploy/")
     kubectl("apply", "-f", ROOT / "deploy")
     again = kubectl("apply", "-f", ROOT / "deploy").splitlines()
@@ -245,16 +287,20 @@ def install():
     changed = [line for line in again if not line.endswith("unchanged") and not line.startswith("poddisruptionbudget")]
     expect(again and not changed, f"a second apply changed something: {changed}")
     kubectl("apply", "-k", ROOT / "deploy/overlays/demo")
-    patch = [{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": "4"}]
-    for node in range(3):
-        kubectl("patch", "node", f"node-{node}", "--subresource=status", "--type=json", "-p", json.dumps(patch))
+    # A cluster that is not for trials must have them.
+    if not CONTEXT or CONTEXT.startswith("kind-"):
+        for node in objects("nodes"):
+            give_gpus(node["metadata"]["name"])
     for name in ("sgcl-coordinator", "sgcl-s3"):
         try:
             kubectl("-n", NAMESPACE, "rollout", "status", f"deployment/{name}", "--timeout=90s")
         except Failed as failed:
             raise Failed(f"{failed}\n{kubectl('-n', NAMESPACE, 'get', 'pods', '-o', 'wide')}\n"
                          f"{kubectl('-n', NAMESPACE, 'get', 'events')[-3000:]}\n{logs('none')}") from None
-    address = kubectl("-n", NAMESPACE, "get", "service", "sgcl-s3", "-o", "jsonpath={.spec.clusterIP}")
+    if CONTEXT:
+        address = cluster.forward()
+    else:
+        address = kubectl("-n", NAMESPACE, "get", "service", "sgcl-s3", "-o", "jsonpath={.spec.clusterIP}")
     S3.update(AWS_ENDPOINT_URL=f"http://{address}:7070", AWS_ACCESS_KEY_ID="demo", AWS_SECRET_ACCESS_KEY="only-for-the-demo",
               AWS_REGION="us-east-1", HOME=os.environ.get("HOME", "/root"))
     say("two coordinators and the S3 server run")
@@ -325,5 +371,10 @@ def evict(name):
 def revive(machine):
     run([CLUSTER, "start-node", machine.rsplit("-", 1)[1]])
     wait_for(f"{machine} is back", lambda: "NotReady" not in kubectl("get", "node", machine), 60)
-    kubectl("patch", "node", machine, "--subresource=status", "--type=json", "-p",
-            json.dumps([{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": "4"}]))
+    give_gpus(machine)
+
+
+def give_gpus(machine):
+    """Four that a node advertises; ranks run on the CPU by the demo's defaults."""
+    patch = [{"op": "add", "path": "/status/capacity/nvidia.com~1gpu", "value": "4"}]
+    kubectl("patch", "node", machine, "--subresource=status", "--type=json", "-p", json.dumps(patch))

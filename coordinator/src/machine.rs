@@ -25,6 +25,8 @@ use tokio::time::Instant;
 
 pub use event::{Change, Effect, Event, Outcome, Place, Settings};
 
+/// Why a run is suspended that was asked to stop, by its process or by an order in its bucket.
+pub const ON_REQUEST: &str = "stopped on request";
 /// Exit codes of what is the user's to mend: trying again would fail again.
 const HOPELESS: [i32; 5] = [64, 65, 69, 73, 78];
 /// Exit code of a node that was told to leave.
@@ -442,7 +444,7 @@ impl Machine {
     }
 
     fn stop_requested(&mut self, now: Instant, effects: &mut Vec<Effect>) {
-        let reason = "stopped on request".to_owned();
+        let reason = ON_REQUEST.to_owned();
         if self.stop.replace(reason.clone()).is_some() {
             self.end(now, Outcome::Suspended { reason }, effects);
         } else if let State::Training { .. } = self.state {

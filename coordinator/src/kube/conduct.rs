@@ -32,7 +32,7 @@ use super::report::{Facts, Reporter, regrouped, share, trains};
 use super::resource::{Phase, SgclRun};
 use super::{MANAGER, RUN_LABEL, TRACE_ANNOTATION};
 use crate::launcher::{Ended, Launcher as _};
-use crate::machine::Outcome;
+use crate::machine::{ON_REQUEST, Outcome};
 use crate::metrics::Measures;
 use crate::server::Coordinator;
 use crate::switchboard::Switchboard;
@@ -325,6 +325,10 @@ impl Conductor {
         match outcome {
             Ok(Outcome::Finished | Outcome::Cancelled | Outcome::Failed { .. }) => Ok(Next::Rest),
             Ok(Outcome::Suspended { .. }) if Wish::of(&now) != wish => Ok(Next::Look),
+            Ok(Outcome::Suspended { reason }) if reason == ON_REQUEST => {
+                self.note_suspension(&now).await?;
+                Ok(Next::Rest)
+            }
             Ok(Outcome::Suspended { reason }) => Ok(Next::Retry(reason)),
             // Another leader's commit, a bucket that is away: the next try finds out which.
             Err(error) => Ok(Next::Retry(format!("{error:#}"))),
@@ -554,6 +558,15 @@ impl Conductor {
             }
         }
         Ok(())
+    }
+
+    /// An order in the bucket suspended the run: its object comes to say so, else it would be trained again at once.
+    async fn note_suspension(&self, run: &SgclRun) -> Result<()> {
+        let patch = json!({ "metadata": { "uid": run.metadata.uid }, "spec": { "suspend": true } });
+        match self.api.patch(&self.name, &PatchParams::default(), &Patch::Merge(&patch)).await {
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+            result => result.map(drop).map_err(Into::into),
+        }
     }
 
     /// Nothing is left to commit: the object may go at once.

@@ -4,6 +4,7 @@
 
 mod cache;
 mod encoder;
+pub(crate) mod named;
 pub(crate) mod protocol;
 mod result;
 pub(crate) mod segmentation;
@@ -49,7 +50,7 @@ pub(crate) struct EvalArgs {
     #[arg(long)]
     px: Option<u32>,
     /// Share of slides to test on, where no run among --weights held slides out
-    #[arg(long, default_value_t = 0.3)]
+    #[arg(long, default_value_t = Self::HOLDOUT_FRACTION)]
     holdout_fraction: f64,
     /// Seed of all that is drawn
     #[arg(long, default_value_t = 0)]
@@ -72,6 +73,11 @@ pub(crate) struct EvalArgs {
     /// Folder that keeps features
     #[arg(long)]
     cache: Option<PathBuf>,
+}
+
+impl EvalArgs {
+    /// Share of slides to test on unless another is given.
+    const HOLDOUT_FRACTION: f64 = 0.3;
 }
 
 /// Evaluates every encoder; the slides tested on are the same for all.

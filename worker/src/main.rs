@@ -1,5 +1,5 @@
-//! `sgcl-worker`: what runs on a node. `node` supervises and calls no torch, `rank` trains, `eval` and `segmentation` evaluate encoders,
-//! `embed` writes features of slides.
+//! `sgcl-worker`: what runs on a node. `node` supervises and calls no torch, `rank` trains, `eval`, `evaluation` and `segmentation` evaluate
+//! encoders, `embed` writes features of slides.
 
 mod dial;
 mod embed;
@@ -36,6 +36,8 @@ enum Command {
     Rank(rank::RankArgs),
     /// Evaluate encoders on a labelled patch set; JSON lines on standard output
     Eval(eval::EvalArgs),
+    /// Make an evaluation that a run's configuration names and keep it with the run; JSON lines on standard output
+    Evaluation(eval::named::EvaluationArgs),
     /// Train segmentation on encoders and validate it; JSON lines on standard output
     Segmentation(eval::segmentation::SegmentationArgs),
     /// Write features of slides in TRIDENT's and CLAM's layouts; JSON lines on standard output
@@ -75,6 +77,13 @@ fn run(runtime: &Runtime, command: Command) -> Result<ExitCode> {
             let mut out = std::io::stdout().lock();
             eval::main(runtime.handle(), &args, |line| {
                 // The reader is gone: the work is for nobody, but harmless.
+                let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+            })?;
+            Ok(ExitCode::from(exit::DONE))
+        }
+        Command::Evaluation(args) => {
+            let mut out = std::io::stdout().lock();
+            eval::named::main(runtime.handle(), &args, |line| {
                 let _ = writeln!(out, "{line}").and_then(|()| out.flush());
             })?;
             Ok(ExitCode::from(exit::DONE))

@@ -8,7 +8,8 @@
 //! | `commits/<seq>.json` | [`commit`] |
 //! | `metrics/…jsonl`, `tensorboard/…` | [`metrics`] |
 //! | `exports/<seq>/…` | [`export`] |
-//! | `events/<seq>.json`, `eval/<name>.json` | [`status`] |
+//! | `events/<seq>.json` | [`status`] |
+//! | `eval/<name>.json` | [`evals`], [`status`] |
 //! | `leases/<epoch>.json` | [`lease`] |
 //! | `orders/<seq>.json` | [`orders`] |
 //!
@@ -20,6 +21,7 @@ pub mod checkpoint;
 pub mod commit;
 pub mod config;
 mod error;
+pub mod evals;
 pub mod export;
 pub mod features;
 pub mod lease;

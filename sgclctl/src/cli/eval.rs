@@ -88,7 +88,7 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_parser = clap::value_parser!(u32).range(32..=1024))]
     pub(crate) px: Option<u32>,
     /// Share of slides to test on, where no run held any out
-    #[arg(long, default_value_t = Self::HOLDOUT_FRACTION, value_name = "SHARE")]
+    #[arg(long, default_value_t = 0.3, value_name = "SHARE")]
     pub(crate) holdout_fraction: f64,
     /// Seed of all that is drawn: split, resamples, `random`, trainings
     #[arg(long, default_value_t = 0)]
@@ -128,11 +128,6 @@ pub(crate) struct EvalArgs {
     /// Also write a page with confusions, ROC curves and the worst mistakes
     #[arg(long, value_name = "FILE")]
     pub(crate) page: Option<PathBuf>,
-}
-
-impl EvalArgs {
-    /// Share of slides to test on unless another is given.
-    pub(crate) const HOLDOUT_FRACTION: f64 = 0.3;
 }
 
 /// `10%`, above 0 and up to 100.

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use askama::Template as _;
 use serde_json::{Value, json};
 use sgcl_patchset::{PatchSet, Store};
-use sgcl_runstore::{RunName, status};
+use sgcl_runstore::{RunName, evals};
 
 use crate::cli::eval::{EvalArgs, EvalCommand, EvalTask};
 use crate::error::Failure;
@@ -31,24 +31,6 @@ pub(crate) async fn main(command: EvalCommand, out: Out) -> Result<Exit> {
     }
 }
 
-/// Keeps results with a run, as `eval/<weights><task>.json`, with what `asked` says of the call.
-async fn keep(run: &Store, results: &[Value], asked: &Value, task: &str) -> Result<()> {
-    for result in results {
-        let Some(weights) = result["weights"].as_str() else { continue };
-        let mut kept = result.clone();
-        for (key, value) in asked.as_object().into_iter().flatten() {
-            kept[key.as_str()] = value.clone();
-        }
-        kept["time"] = json!(jiff::Timestamp::now());
-        // What only the page draws would make every `status` long.
-        for protocol in kept["protocols"].as_array_mut().into_iter().flatten().filter_map(Value::as_object_mut) {
-            let _ = (protocol.remove("roc"), protocol.remove("mistakes"));
-        }
-        status::write_eval(run, &format!("{}{task}", file_name(weights)), &kept).await?;
-    }
-    Ok(())
-}
-
 /// Evaluates encoders on a labelled patch set.
 async fn patches(args: EvalArgs, out: Out) -> Result<Exit> {
     if !(args.holdout_fraction > 0.0 && args.holdout_fraction < 1.0) {
@@ -64,7 +46,7 @@ async fn patches(args: EvalArgs, out: Out) -> Result<Exit> {
         out.note(remark);
     }
     for (name, run) in &runs {
-        keep(run, &results, &json!({ "data": args.data, "seed": args.seed }), "").await?;
+        evals::keep(run, &results, &json!({ "data": args.data, "seed": args.seed }), "").await?;
         out.note(format!("kept with run {name}: `sgclctl report` shows them"));
     }
     if out.json() {
@@ -119,22 +101,4 @@ async fn runs_to_keep_with(
 
 fn is_run(weights: &str) -> bool {
     !["random", "colour-histogram"].contains(&weights) && !std::path::Path::new(weights).is_file()
-}
-
-/// A result's name as a file name.
-fn file_name(weights: &str) -> String {
-    let plain = |c: char| if c.is_ascii_alphanumeric() || c == '-' || c == '_' { c } else { '-' };
-    let last = weights.rsplit('/').next().unwrap_or(weights);
-    last.chars().map(plain).take(100).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_weights_file_is_kept_under_its_plain_name() {
-        assert_eq!(file_name("../x/backbone.pth"), "backbone-pth");
-        assert_eq!(file_name("demo"), "demo");
-    }
 }

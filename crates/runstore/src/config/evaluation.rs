@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::ConfigError;
+
 /// Most evaluations of a run.
 const MOST: usize = 20;
 /// Longest name.
@@ -99,6 +101,18 @@ impl Default for Evaluation {
             seed: 0,
             baselines: Vec::new(),
         }
+    }
+}
+
+impl std::str::FromStr for Evaluation {
+    type Err = ConfigError;
+
+    /// One alone, as JSON, held to what a configuration's are held to.
+    fn from_str(text: &str) -> Result<Self, ConfigError> {
+        // JSON is YAML.
+        let evaluation = super::load::yaml(text, "evaluation")?;
+        let wrong = wrong(std::slice::from_ref(&evaluation));
+        if wrong.is_empty() { Ok(evaluation) } else { Err(ConfigError::Invalid(wrong)) }
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde_json::{Value, json};
-use sgcl_runstore::export;
+use sgcl_runstore::{evals, export};
 use tempfile::TempDir;
 
 use crate::cli::detection::DetectionArgs;
@@ -14,7 +14,7 @@ use crate::output::{Out, count};
 use crate::table as layout;
 
 use super::table::{figure, remarks};
-use super::{is_run, keep, runs_to_keep_with, transfer, worker};
+use super::{is_run, runs_to_keep_with, transfer, worker};
 
 pub(crate) async fn main(args: DetectionArgs, out: Out) -> Result<Exit> {
     if let Some(baseline) = args.weights.iter().find(|weights| *weights == "colour-histogram") {
@@ -56,7 +56,7 @@ pub(crate) async fn main(args: DetectionArgs, out: Out) -> Result<Exit> {
         out.note(remark);
     }
     for (name, run) in &runs {
-        keep(run, &results, &json!({ "data": args.data, "seed": args.seed }), "-detection").await?;
+        evals::keep(run, &results, &json!({ "data": args.data, "seed": args.seed }), "-detection").await?;
         out.note(format!("kept with run {name}"));
     }
     if out.json() {

@@ -1,10 +1,13 @@
-//! `sgcl-worker eval`: its arguments, its progress, its results, its last words.
+//! `sgcl-worker eval` and `evaluation`: their arguments, progress, results and last words.
 
 use std::process::Stdio;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use serde_json::Value;
+use sgcl_patchset::Store;
+use sgcl_runstore::RunName;
+use sgcl_runstore::config::Evaluation;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
 
@@ -33,6 +36,14 @@ pub(super) async fn results(args: &EvalArgs, out: Out) -> Result<Vec<Value>> {
         command.arg("--cache").arg(cache);
     }
     command.arg("--weights").args(&args.weights);
+    follow(command, "sgcl-worker", out).await
+}
+
+/// Has an evaluation of a run's configuration made and kept with the run; its results.
+pub(super) async fn evaluation(wanted: &Evaluation, run: &RunName, bucket: &Store, out: Out) -> Result<Vec<Value>> {
+    let mut command = Command::new(worker::find()?);
+    command.args(["evaluation", "--run", run.as_str(), "--bucket", bucket.url()]);
+    command.args(["--evaluation", &serde_json::to_string(wanted)?]);
     follow(command, "sgcl-worker", out).await
 }
 

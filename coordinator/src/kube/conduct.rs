@@ -18,19 +18,22 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
-use tracing::{Instrument as _, Span, info_span};
+use tracing::{Instrument as _, info_span};
 
 use super::defaults::Defaults;
+use super::evaluate::{End, Evaluations};
+use super::evaluation::{given_up, outstanding, put_off, to_come};
 use super::gang::{Gangs, Standing};
-use super::job::WorkerLine;
+use super::job::{HOPELESS, WorkerLine};
 use super::launcher::KubeLauncher;
 use super::plan::Plan;
 use super::pods::{PodFacts, Pods};
-use super::prepare::{Prepared, Refusal, prepare};
+use super::prepare::{Prepared, Refusal, find, prepare};
 use super::queue;
 use super::report::{Facts, Reporter, regrouped, share, trains};
 use super::resource::{Phase, SgclRun};
-use super::{MANAGER, RUN_LABEL, TRACE_ANNOTATION};
+use super::trace::{handed_on, span, trace};
+use super::{EVALUATES_LABEL, MANAGER, RUN_LABEL};
 use crate::launcher::{Ended, Launcher as _};
 use crate::machine::{ON_REQUEST, Outcome};
 use crate::metrics::Measures;
@@ -53,8 +56,6 @@ const COMMIT: Duration = Duration::from_secs(180);
 const PAUSES: [u64; 5] = [1, 2, 5, 10, 20];
 /// Time that nodes have to end once they were sent home, and then to be ended.
 const SENT_HOME: Duration = Duration::from_secs(15);
-/// Exit codes of what is the user's to mend.
-const HOPELESS: [i32; 5] = [64, 65, 69, 73, 78];
 /// Exit code of a node that was told to leave.
 const YIELDED: i32 = 75;
 
@@ -138,7 +139,7 @@ pub async fn conduct(shared: Arc<Shared>, mut object: watch::Receiver<Arc<SgclRu
             Next::Gone => return,
             Next::Rest => None,
             Next::Retry(message) => {
-                conductor.tell(&run, Phase::Waiting, Some(message)).await;
+                conductor.put_off(&run, message).await;
                 let pause = PAUSES[tries.min(PAUSES.len() - 1)];
                 tries += 1;
                 Some(Duration::from_secs(pause))
@@ -176,25 +177,12 @@ async fn sent_home(launcher: &KubeLauncher, news: &mut mpsc::UnboundedReceiver<P
     }
 }
 
-/// The trace that whoever submitted the run began, else one that every coordinator of this object makes the same.
-fn trace(run: &SgclRun, uid: &str) -> Option<Traceparent> {
-    let told = run.annotations().get(TRACE_ANNOTATION).and_then(|text| text.parse().ok());
-    let digits: String = uid.chars().filter(|c| *c != '-').collect();
-    told.or_else(|| Traceparent::named(u128::from_str_radix(&digits, 16).ok()?))
-}
-
-fn span(run: &str, trace: Option<Traceparent>) -> Span {
-    let span = info_span!("run", run, trace_id = trace.map(|trace| trace.trace_id()));
-    if let Some(trace) = &trace {
-        sgcl_telemetry::follow(&span, trace);
-    }
-    span
-}
-
-/// What workers need to trace and log as this coordinator does.
-fn handed_on() -> Vec<(String, String)> {
-    let set = |name: &&str| Some(((*name).to_owned(), std::env::var(name).ok().filter(|value| !value.is_empty())?));
-    sgcl_telemetry::HANDED_ON.iter().filter_map(set).collect()
+/// Whether a Job's last pod has ended.
+fn has_ended(job: &Job) -> bool {
+    let status = job.status.clone().unwrap_or_default();
+    let failed = status.conditions.iter().flatten().any(|c| c.type_ == "Failed" && c.status == "True");
+    let tries = job.spec.as_ref().and_then(|spec| spec.backoff_limit).unwrap_or(0);
+    status.completion_time.is_some() || failed || status.failed > Some(tries)
 }
 
 fn held(run: &SgclRun) -> bool {
@@ -216,14 +204,20 @@ impl Conductor {
             return Ok(Next::Gone);
         }
         let last = self.reporter.last();
-        if last.phase.is_over() && last.observed_generation == run.metadata.generation.unwrap_or(0) {
+        // What it asks for has come to its end, but perhaps not what comes after that.
+        let over = last.phase.is_over() && last.observed_generation == run.metadata.generation.unwrap_or(0);
+        if over {
             self.let_go(run).await?;
-            return Ok(Next::Rest);
-        }
-        if run.spec.cancel || run.spec.suspend {
+            if !outstanding(self.reporter.last()) {
+                return Ok(Next::Rest);
+            }
+        } else if run.spec.cancel || run.spec.suspend {
             self.clear().await?;
+            self.end(EVALUATES_LABEL).await?;
             let phase = if run.spec.cancel { Phase::Cancelled } else { Phase::Suspended };
-            self.tell(run, phase, None).await;
+            let evaluations = Some(put_off(&self.reporter.last().evaluations, None));
+            let facts = Facts { evaluations, ..self.facts(run, phase, None) };
+            self.reporter.tell(&facts).await;
             self.let_go(run).await?;
             return Ok(Next::Rest);
         }
@@ -233,14 +227,18 @@ impl Conductor {
         };
         let plan = match Plan::of(&self.name, &run.spec, &defaults) {
             Ok(plan) => plan,
+            Err(error) if over => return Ok(Next::Retry(error.to_string())),
             Err(error) => return Ok(self.fail(run, error.to_string()).await),
         };
         let uid = run.uid().context("the object has no uid")?;
         let trace = trace(run, &uid);
         let span = span(&self.name, trace);
         let work = async {
-            match prepare(&plan, &uid).instrument(info_span!("prepare")).await {
+            let prepared = async { if over { find(&plan, &uid).await } else { prepare(&plan, &uid).await } };
+            match prepared.instrument(info_span!("prepare")).await {
+                Ok(prepared) if over => self.evaluate(run, object, &plan, &prepared, trace, false).await,
                 Ok(prepared) => self.train(run, object, &plan, prepared, trace).await,
+                Err(Refusal::Mend(message)) if over => Ok(self.give_up(run, &message).await),
                 Err(Refusal::Mend(message)) => Ok(self.fail(run, message).await),
                 Err(Refusal::Later(message)) => Ok(Next::Retry(message)),
             }
@@ -265,16 +263,19 @@ impl Conductor {
             url: Some(prepared.store.url().to_owned()),
             ..self.facts(run, Phase::Waiting, None)
         };
-        let over = match before {
-            status::Phase::Finished => Some(Phase::Finished),
-            status::Phase::Cancelled => Some(Phase::Cancelled),
-            _ => None,
-        };
-        if let Some(phase) = over {
-            self.clear().await?;
-            self.reporter.tell(&Facts { phase, ..facts }).await;
-            return Ok(Next::Rest);
+        match before {
+            status::Phase::Finished => {
+                self.clear().await?;
+                return self.evaluate(run, object, plan, &prepared, trace, true).await;
+            }
+            status::Phase::Cancelled => {
+                self.clear().await?;
+                self.reporter.tell(&Facts { phase: Phase::Cancelled, ..facts }).await;
+                return Ok(Next::Rest);
+            }
+            _ => {}
         }
+        let evaluations = to_come(&prepared.spec.config.evaluations);
         let training = before == status::Phase::Running;
         if let Some(queue) = plan.pods.queue.as_ref().filter(|_| !training)
             && let Some(message) = queue::missing(&self.shared.client, &self.shared.namespace, queue).await
@@ -290,8 +291,7 @@ impl Conductor {
         let line = WorkerLine {
             certificate: self.shared.certificate.clone(),
             audience: audience(&self.shared.namespace, &self.name),
-            trace,
-            environment: handed_on(),
+            handed: handed_on(trace),
         };
         let launcher = KubeLauncher::open(jobs, pods, &self.name, owner, plan.pods.clone(), line, ranks).await?;
         launcher.trim(plan.nodes);
@@ -309,7 +309,8 @@ impl Conductor {
         let now = object.borrow().clone();
         match &outcome {
             Ok(Outcome::Finished) => {
-                self.reporter.tell(&Facts { phase: Phase::Finished, message: None, ..facts }).await;
+                let evaluations = Some(evaluations);
+                self.reporter.tell(&Facts { phase: Phase::Finished, message: None, evaluations, ..facts }).await;
             }
             Ok(Outcome::Cancelled) => {
                 self.reporter.tell(&Facts { phase: Phase::Cancelled, message: None, ..facts }).await;
@@ -323,6 +324,7 @@ impl Conductor {
             sent_home(&launcher, &mut news).await;
         }
         match outcome {
+            Ok(Outcome::Finished) if outstanding(self.reporter.last()) => Ok(Next::Look),
             Ok(Outcome::Finished | Outcome::Cancelled | Outcome::Failed { .. }) => Ok(Next::Rest),
             Ok(Outcome::Suspended { .. }) if Wish::of(&now) != wish => Ok(Next::Look),
             Ok(Outcome::Suspended { reason }) if reason == ON_REQUEST => {
@@ -333,6 +335,58 @@ impl Conductor {
             // Another leader's commit, a bucket that is away: the next try finds out which.
             Err(error) => Ok(Next::Retry(format!("{error:#}"))),
         }
+    }
+
+    /// Has the evaluations of a finished run made.
+    async fn evaluate(
+        &mut self,
+        run: &SgclRun,
+        object: &mut watch::Receiver<Arc<SgclRun>>,
+        plan: &Plan,
+        prepared: &Prepared,
+        trace: Option<Traceparent>,
+        afresh: bool,
+    ) -> Result<Next> {
+        let url = Some(prepared.store.url().to_owned());
+        let mut facts = Facts { url, ..self.facts(run, Phase::Finished, None) };
+        let evaluations = Evaluations {
+            runs: self.api.clone(),
+            jobs: self.namespaced(),
+            pods: self.namespaced(),
+            run: &plan.run,
+            owner: &run.controller_owner_ref(&()).context("the object has no uid")?,
+            bucket: &plan.bucket,
+            store: &prepared.store,
+            needs: &plan.pods,
+            handed: handed_on(trace),
+            wanted: &prepared.spec.config.evaluations,
+        };
+        let making = evaluations.make(afresh, &mut self.reporter, &mut facts, object);
+        Ok(match making.instrument(info_span!("evaluations")).await? {
+            End::Over => Next::Rest,
+            End::Changed => Next::Look,
+            End::Gone => Next::Gone,
+        })
+    }
+
+    /// Evaluations that nobody can make.
+    async fn give_up(&mut self, run: &SgclRun, why: &str) -> Next {
+        let evaluations = Some(given_up(&self.reporter.last().evaluations, why));
+        let facts = Facts { evaluations, ..self.facts(run, Phase::Finished, None) };
+        if self.reporter.tell(&facts).await { Next::Rest } else { Next::Retry(why.to_owned()) }
+    }
+
+    /// Says why nothing can be done for now. A finished run stays finished.
+    async fn put_off(&mut self, run: &SgclRun, message: String) {
+        let last = self.reporter.last();
+        if !outstanding(last) {
+            return self.tell(run, Phase::Waiting, Some(message)).await;
+        }
+        // What has come to be asked for since is not seen to yet.
+        let generation = last.observed_generation;
+        let evaluations = Some(put_off(&last.evaluations, Some(&message)));
+        let facts = Facts { generation, evaluations, ..self.facts(run, Phase::Finished, None) };
+        self.reporter.tell(&facts).await;
     }
 
     /// Asks for nodes and waits until enough of them run. A gang is kept together here, before anything is trained.
@@ -546,10 +600,15 @@ impl Conductor {
 
     /// Ends whatever nodes are left; what ended by itself keeps its logs for a while.
     async fn clear(&self) -> Result<()> {
+        self.end(RUN_LABEL).await
+    }
+
+    /// Ends Jobs that have not ended, of those that `label` says are the run's.
+    async fn end(&self, label: &str) -> Result<()> {
         let jobs: Api<Job> = self.namespaced();
-        let of_run = ListParams::default().labels(&format!("{RUN_LABEL}={}", self.name));
+        let of_run = ListParams::default().labels(&format!("{label}={}", self.name));
         for job in jobs.list(&of_run).await? {
-            if job.status.as_ref().is_some_and(|status| status.completion_time.is_some() || status.failed > Some(0)) {
+            if has_ended(&job) {
                 continue;
             }
             match jobs.delete(&job.name_any(), &DeleteParams::background()).await {
@@ -595,27 +654,5 @@ impl Conductor {
         K::DynamicType: Default,
     {
         Api::namespaced(self.shared.client.clone(), &self.shared.namespace)
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use super::*;
-    use crate::kube::resource::SgclRunSpec;
-
-    #[test]
-    fn a_runs_trace_is_its_submitters_else_named_after_its_object() {
-        let uid = "4bf92f35-77b3-4da6-a3ce-929d0e0e4736";
-        let mut run = SgclRun::new("first", SgclRunSpec::default());
-        let named = trace(&run, uid).unwrap();
-        assert_eq!(named.trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
-        assert_eq!(trace(&run, uid), Some(named), "as the next leader makes it");
-        let told = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-        run.annotations_mut().insert(TRACE_ANNOTATION.into(), told.into());
-        assert_eq!(trace(&run, uid).unwrap().to_string(), told);
-        run.annotations_mut().insert(TRACE_ANNOTATION.into(), "nonsense".into());
-        assert_eq!(trace(&run, uid), Some(named));
-        assert_eq!(trace(&run, "not a uuid"), None);
     }
 }

@@ -21,8 +21,21 @@ const KEPT_S: u32 = 3600;
 const TOKEN_S: u32 = 3600;
 /// Where a worker's pod answers Prometheus, its container's port `metrics`.
 pub const METRICS_PORT: u16 = 9464;
+/// The only container of a worker's pod.
+pub(super) const CONTAINER: &str = "worker";
+/// Exit codes of what is the user's to mend.
+pub(super) const HOPELESS: [i32; 5] = [64, 65, 69, 73, 78];
 /// Folder of the token in a worker.
 const TOKEN_FOLDER: &str = "/var/run/sgcl/token";
+
+/// What a run's pods trace and log with, as this coordinator does.
+#[derive(Clone, Debug, Default)]
+pub struct HandedOn {
+    /// The run's trace, for whoever is started while no span of it is under way.
+    pub trace: Option<Traceparent>,
+    /// Variables of this coordinator's own environment.
+    pub environment: Vec<(String, String)>,
+}
 
 /// How a run's workers come to trust the coordinator, and it them.
 #[derive(Clone, Debug)]
@@ -31,10 +44,8 @@ pub struct WorkerLine {
     pub certificate: String,
     /// Whom their tokens are made out to, see [`crate::trust::audience`].
     pub audience: String,
-    /// The run's trace, for whoever is started while no span of it is under way.
-    pub trace: Option<Traceparent>,
-    /// Variables of this coordinator's own environment that its workers get too.
-    pub environment: Vec<(String, String)>,
+    /// What they trace and log with.
+    pub handed: HandedOn,
 }
 
 /// A node to be started.
@@ -68,6 +79,125 @@ pub fn name(run: &str, slot: u32, number: u32) -> String {
     format!("{run}-{slot}-{number}")
 }
 
+/// A Job and what goes into it, of nodes and of evaluations.
+pub(super) struct Parts<'a> {
+    /// Its name.
+    pub(super) name: &'a str,
+    /// Labels of the Job and of its pod.
+    pub(super) labels: Value,
+    /// The object that it goes with.
+    pub(super) owner: &'a OwnerReference,
+    /// How often its pod is made anew when it fails.
+    pub(super) retries: u32,
+    /// Which of its pod's ends count as what, where that is not left to `retries` alone.
+    pub(super) failures: Option<Value>,
+    /// Its pod, see [`pod`].
+    pub(super) pod: Value,
+}
+
+impl Parts<'_> {
+    /// The object.
+    ///
+    /// # Errors
+    /// Something in the run's spec is not what Kubernetes takes.
+    pub(super) fn build(self, needs: &PodNeeds) -> Result<Job, serde_json::Error> {
+        let mut labels = self.labels.clone();
+        if let Some(queue) = &needs.queue {
+            labels["kueue.x-k8s.io/queue-name"] = json!(queue);
+        }
+        serde_json::from_value(json!({
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": { "name": self.name, "labels": labels, "ownerReferences": [self.owner] },
+            "spec": {
+                "completions": 1,
+                "parallelism": 1,
+                "backoffLimit": self.retries,
+                "podFailurePolicy": self.failures,
+                "ttlSecondsAfterFinished": KEPT_S,
+                "template": { "metadata": { "labels": self.labels }, "spec": self.pod },
+            },
+        }))
+    }
+}
+
+/// The spec of a pod of one container that runs `sgcl-worker` with `args`, under the restricted pod standard. It has the bucket's keys and
+/// no others. `env` comes before what the bucket and the platform bring and what this coordinator hands on.
+pub(super) fn pod(needs: &PodNeeds, handed: &HandedOn, gpus: u32, env: &[Value], args: &Value) -> Value {
+    let variable = |name: &str, value: &Option<String>| value.as_ref().map(|v| json!({ "name": name, "value": v }));
+    let trace = sgcl_telemetry::current().or(handed.trace).map(|here| here.to_string());
+    let ours = [
+        Some(json!({ "name": "HOME", "value": "/tmp" })),
+        variable("AWS_ENDPOINT_URL", &needs.s3_endpoint),
+        variable("AWS_REGION", &needs.s3_region),
+        variable(sgcl_telemetry::VARIABLE, &trace),
+    ];
+    let theirs = needs.env.iter().chain(handed.environment.iter().map(|(name, value)| (name, value)));
+    let env: Vec<Value> = (env.iter().cloned())
+        .chain(ours.into_iter().flatten())
+        .chain(theirs.map(|(name, value)| json!({ "name": name, "value": value })))
+        .collect();
+    let mut shm = json!({ "medium": "Memory" });
+    if let Some(memory) = &needs.resources.memory {
+        shm["sizeLimit"] = json!(memory);
+    }
+    let disk = needs.resources.disk.as_ref().map_or(json!({}), |size| json!({ "sizeLimit": size }));
+    json!({
+        "serviceAccountName": "sgcl-worker",
+        // The API server takes this account's own token.
+        "automountServiceAccountToken": false,
+        "enableServiceLinks": false,
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": GRACE_S,
+        "priorityClassName": needs.spec.priority,
+        "nodeSelector": needs.spec.node_selector,
+        "tolerations": needs.spec.tolerations,
+        "securityContext": {
+            "runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532,
+            "seccompProfile": { "type": "RuntimeDefault" },
+        },
+        "containers": [{
+            "name": CONTAINER,
+            "image": needs.image,
+            "imagePullPolicy": needs.pull_policy,
+            "args": args,
+            "env": env,
+            // May be missing where the pods' account itself opens the bucket.
+            "envFrom": [{ "secretRef": { "name": needs.credentials_secret, "optional": true } }],
+            "resources": resources(needs, gpus),
+            "securityContext": {
+                "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true,
+                "capabilities": { "drop": ["ALL"] },
+            },
+            "terminationMessagePolicy": "FallbackToLogsOnError",
+            "volumeMounts": [{ "name": "tmp", "mountPath": "/tmp" }, { "name": "shm", "mountPath": "/dev/shm" }],
+        }],
+        "volumes": [{ "name": "tmp", "emptyDir": disk }, { "name": "shm", "emptyDir": shm }],
+    })
+}
+
+fn resources(needs: &PodNeeds, gpus: u32) -> Value {
+    let mut requests = json!({});
+    let mut limits = json!({});
+    if let Some(cpu) = &needs.resources.cpu {
+        requests["cpu"] = json!(cpu);
+    }
+    if let Some(memory) = &needs.resources.memory {
+        requests["memory"] = json!(memory);
+        limits["memory"] = json!(memory);
+    }
+    if let Some(disk) = &needs.resources.disk {
+        requests["ephemeral-storage"] = json!(disk);
+    }
+    for all in [&mut requests, &mut limits] {
+        for (name, quantity) in &needs.extended {
+            all[name] = json!(quantity);
+        }
+        all[&needs.gpu_resource] = json!(gpus.to_string());
+    }
+    json!({ "requests": requests, "limits": limits })
+}
+
 impl NodeJob<'_> {
     /// The object.
     ///
@@ -75,7 +205,6 @@ impl NodeJob<'_> {
     /// Something in the run's spec is not what Kubernetes takes.
     pub fn build(&self) -> Result<Job, serde_json::Error> {
         let name = name(self.run, self.slot, self.number);
-        let (spec, needs) = (&self.needs.spec, self.needs);
         let labels = json!({
             "app.kubernetes.io/name": "sgcl-worker",
             "app.kubernetes.io/managed-by": MANAGER,
@@ -83,117 +212,38 @@ impl NodeJob<'_> {
             SLOT_LABEL: self.slot.to_string(),
             ATTEMPT_LABEL: self.number.to_string(),
         });
-        let mut job_labels = labels.clone();
-        if let Some(queue) = &needs.queue {
-            job_labels["kueue.x-k8s.io/queue-name"] = json!(queue);
-        }
-        let variable = |name: &str, value: &Option<String>| value.as_ref().map(|v| json!({ "name": name, "value": v }));
-        let trace = sgcl_telemetry::current().or(self.line.trace).map(|here| here.to_string());
-        let env: Vec<Value> = [
-            Some(json!({ "name": "POD_IP", "valueFrom": { "fieldRef": { "fieldPath": "status.podIP" } } })),
-            Some(json!({ "name": "HOME", "value": "/tmp" })),
-            Some(json!({ "name": CERTIFICATE_VARIABLE, "value": self.line.certificate })),
-            Some(json!({ "name": TOKEN_VARIABLE, "value": format!("{TOKEN_FOLDER}/token") })),
-            variable("AWS_ENDPOINT_URL", &needs.s3_endpoint),
-            variable("AWS_REGION", &needs.s3_region),
-            variable(sgcl_telemetry::VARIABLE, &trace),
-        ]
-        .into_iter()
-        .flatten()
-        .chain(
-            needs
-                .env
-                .iter()
-                .chain(self.line.environment.iter().map(|(name, value)| (name, value)))
-                .map(|(name, value)| json!({ "name": name, "value": value })),
-        )
-        .collect();
-        let mut shm = json!({ "medium": "Memory" });
-        if let Some(memory) = &needs.resources.memory {
-            shm["sizeLimit"] = json!(memory);
-        }
-        // Of one audience, for this pod alone, gone with it. The account's own token, which the API server takes, is not mounted.
-        let token = json!({
-            "audience": self.line.audience, "expirationSeconds": TOKEN_S, "path": "token",
-        });
-        let disk = needs.resources.disk.as_ref().map_or(json!({}), |size| json!({ "sizeLimit": size }));
-        let pod = json!({
-            "serviceAccountName": "sgcl-worker",
-            "automountServiceAccountToken": false,
-            "enableServiceLinks": false,
-            "restartPolicy": "Never",
-            "terminationGracePeriodSeconds": GRACE_S,
-            "priorityClassName": spec.priority,
-            "nodeSelector": spec.node_selector,
-            "tolerations": spec.tolerations,
-            "affinity": self.affinity(),
-            "securityContext": {
-                "runAsNonRoot": true, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 65532,
-                "seccompProfile": { "type": "RuntimeDefault" },
-            },
-            "containers": [{
-                "name": "worker",
-                "image": needs.image,
-                "imagePullPolicy": needs.pull_policy,
-                "args": [
-                    "node", "--coordinator", self.coordinator, "--run", self.run, "--node", name,
-                    "--slot", self.slot.to_string(), "--ranks", self.ranks.to_string(), "--address", "$(POD_IP)",
-                    "--metrics-port", METRICS_PORT.to_string(),
-                ],
-                "ports": [{ "name": "metrics", "containerPort": METRICS_PORT }],
-                "env": env,
-                // May be missing where the pods' account itself opens the bucket.
-                "envFrom": [{ "secretRef": { "name": needs.credentials_secret, "optional": true } }],
-                "resources": self.resources(),
-                "securityContext": {
-                    "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true,
-                    "capabilities": { "drop": ["ALL"] },
-                },
-                "terminationMessagePolicy": "FallbackToLogsOnError",
-                "volumeMounts": [
-                    { "name": "tmp", "mountPath": "/tmp" }, { "name": "shm", "mountPath": "/dev/shm" },
-                    { "name": "token", "mountPath": TOKEN_FOLDER, "readOnly": true },
-                ],
-            }],
-            "volumes": [
-                { "name": "tmp", "emptyDir": disk }, { "name": "shm", "emptyDir": shm },
-                { "name": "token", "projected": { "sources": [{ "serviceAccountToken": token }] } },
-            ],
-        });
-        serde_json::from_value(json!({
-            "apiVersion": "batch/v1",
-            "kind": "Job",
-            "metadata": { "name": name, "labels": job_labels, "ownerReferences": [self.owner] },
-            "spec": {
-                "completions": 1,
-                "parallelism": 1,
-                "backoffLimit": 0,
-                "ttlSecondsAfterFinished": KEPT_S,
-                "template": { "metadata": { "labels": labels }, "spec": pod },
-            },
-        }))
-    }
-
-    fn resources(&self) -> Value {
-        let mut requests = json!({});
-        let mut limits = json!({});
-        if let Some(cpu) = &self.needs.resources.cpu {
-            requests["cpu"] = json!(cpu);
-        }
-        if let Some(memory) = &self.needs.resources.memory {
-            requests["memory"] = json!(memory);
-            limits["memory"] = json!(memory);
-        }
-        if let Some(disk) = &self.needs.resources.disk {
-            requests["ephemeral-storage"] = json!(disk);
-        }
-        for all in [&mut requests, &mut limits] {
-            for (name, quantity) in &self.needs.extended {
-                all[name] = json!(quantity);
-            }
-            all[&self.needs.gpu_resource] = json!(self.ranks.to_string());
-        }
-        json!({ "requests": requests, "limits": limits })
+        let env = [
+            json!({ "name": "POD_IP", "valueFrom": { "fieldRef": { "fieldPath": "status.podIP" } } }),
+            json!({ "name": CERTIFICATE_VARIABLE, "value": self.line.certificate }),
+            json!({ "name": TOKEN_VARIABLE, "value": format!("{TOKEN_FOLDER}/token") }),
+        ];
+        let args = json!([
+            "node",
+            "--coordinator",
+            self.coordinator,
+            "--run",
+            self.run,
+            "--node",
+            name,
+            "--slot",
+            self.slot.to_string(),
+            "--ranks",
+            self.ranks.to_string(),
+            "--address",
+            "$(POD_IP)",
+            "--metrics-port",
+            METRICS_PORT.to_string(),
+        ]);
+        let mut pod = pod(self.needs, &self.line.handed, self.ranks, &env, &args);
+        pod["affinity"] = self.affinity();
+        let container = &mut pod["containers"][0];
+        container["ports"] = json!([{ "name": "metrics", "containerPort": METRICS_PORT }]);
+        // Of one audience, for this pod alone, gone with it.
+        let token = json!({ "audience": self.line.audience, "expirationSeconds": TOKEN_S, "path": "token" });
+        add(&mut container["volumeMounts"], json!({ "name": "token", "mountPath": TOKEN_FOLDER, "readOnly": true }));
+        let sources = json!([{ "serviceAccountToken": token }]);
+        add(&mut pod["volumes"], json!({ "name": "token", "projected": { "sources": sources } }));
+        Parts { name: &name, labels, owner: self.owner, retries: 0, failures: None, pod }.build(self.needs)
     }
 
     /// The run's nodes on different machines where there are enough (a bank shard's copies are on two nodes), and near each other where
@@ -229,6 +279,12 @@ impl NodeJob<'_> {
     }
 }
 
+fn add(list: &mut Value, value: Value) {
+    if let Value::Array(values) = list {
+        values.push(value);
+    }
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -258,8 +314,10 @@ mod tests {
             line: &WorkerLine {
                 certificate: "PEM".into(),
                 audience: "sgcl.dev/sgcl/first".into(),
-                trace: TRACE.parse().ok(),
-                environment: vec![("OTEL_EXPORTER_OTLP_ENDPOINT".into(), "http://collector:4317".into())],
+                handed: HandedOn {
+                    trace: TRACE.parse().ok(),
+                    environment: vec![("OTEL_EXPORTER_OTLP_ENDPOINT".into(), "http://collector:4317".into())],
+                },
             },
             ranks: plan.ranks_per_node,
             slot: 1,

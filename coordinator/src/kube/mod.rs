@@ -14,7 +14,10 @@
 //! | [`lease`] | one leader of several replicas |
 //! | [`controller`] | from objects to running coordinators |
 //! | [`conduct`] | one run, from its spec in the bucket to its end |
+//! | [`evaluate`] | what comes after a run: the evaluations that its configuration names |
+//! | [`evaluation`] | one of them: its Job, and what that says |
 //! | [`gang`] | which of several waiting runs gives way |
+//! | [`trace`] | the trace of a run, which its pods go on with |
 //! | [`trust`] | the authority of the TLS certificate, and the keys of pods' tokens |
 //! | [`report`] | status, conditions and events |
 
@@ -22,6 +25,8 @@ pub mod book;
 pub mod conduct;
 pub mod controller;
 pub mod defaults;
+pub mod evaluate;
+pub mod evaluation;
 pub mod gang;
 pub mod job;
 pub mod launcher;
@@ -32,6 +37,7 @@ pub mod prepare;
 pub mod queue;
 pub mod report;
 pub mod resource;
+pub mod trace;
 pub mod trust;
 
 /// Label that names a pod's, or a Job's, run.
@@ -40,6 +46,8 @@ pub const RUN_LABEL: &str = "sgcl.dev/run";
 pub const SLOT_LABEL: &str = "sgcl.dev/slot";
 /// Label that counts the Jobs of a slot, from 0.
 pub const ATTEMPT_LABEL: &str = "sgcl.dev/attempt";
+/// Label of an evaluation's Job and pod that names the run. Theirs alone: what has [`RUN_LABEL`] is a node.
+pub const EVALUATES_LABEL: &str = "sgcl.dev/evaluates";
 /// Annotation with the traceparent that a run's trace goes on with.
 pub const TRACE_ANNOTATION: &str = "sgcl.dev/traceparent";
 /// Who made an object, to the API server and to its readers.

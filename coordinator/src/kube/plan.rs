@@ -133,21 +133,7 @@ fn config(spec: &SgclRunSpec, defaults: &Defaults) -> Result<RunConfig, PlanErro
     }
     // JSON is YAML.
     let text = tree.to_string();
-    let config = RunConfig::from_yaml(&text, "spec.config", &[]).map_err(|e| PlanError(e.to_string()))?;
-    check_on_cluster(&config)?;
-    Ok(config)
-}
-
-/// What a cluster cannot do with a configuration that is right in itself.
-///
-/// # Errors
-/// [`PlanError`] naming the key and the remedy.
-pub fn check_on_cluster(config: &RunConfig) -> Result<(), PlanError> {
-    if config.evaluations.is_empty() {
-        return Ok(());
-    }
-    let remedy = "leave them out, and call `sgclctl eval --bucket URL` once the run is finished";
-    Err(PlanError(format!("evaluations are made by `sgclctl run --local` alone, not on a cluster; {remedy}")))
+    RunConfig::from_yaml(&text, "spec.config", &[]).map_err(|e| PlanError(e.to_string()))
 }
 
 /// Mappings key by key, all else as a whole.
@@ -213,11 +199,16 @@ mod tests {
     }
 
     #[test]
-    fn evaluations_that_nobody_would_make_are_refused_with_the_remedy() {
-        let own = json!({ "evaluations": [{ "name": "grain", "dataset": "s3://lab/labelled" }] });
-        let spec = SgclRunSpec { nodes: 1, config: own.as_object().cloned(), ..SgclRunSpec::default() };
-        let error = Plan::of("first", &spec, &defaults()).unwrap_err();
-        assert!(error.0.contains("evaluations") && error.0.contains("sgclctl eval"), "{error}");
+    fn evaluations_are_the_runs_own_or_those_of_the_defaults() {
+        let named = |name: &str| json!({ "evaluations": [{ "name": name, "dataset": "s3://lab/labelled" }] });
+        let defaults = Defaults { config: named("grain").as_object().unwrap().clone(), ..defaults() };
+        let found = |spec: &SgclRunSpec| {
+            let config = Plan::of("first", spec, &defaults).unwrap().config;
+            config.evaluations.into_iter().map(|one| one.name).collect::<Vec<_>>()
+        };
+        let spec = SgclRunSpec { nodes: 1, ..SgclRunSpec::default() };
+        assert_eq!(found(&spec), ["grain"]);
+        assert_eq!(found(&SgclRunSpec { config: named("tumour").as_object().cloned(), ..spec }), ["tumour"]);
     }
 
     #[test]

@@ -65,21 +65,16 @@ impl PodFacts {
         let status = pod.status.clone().unwrap_or_default();
         let conditions = status.conditions.unwrap_or_default();
         let is = |kind: &str, value: &str| conditions.iter().find(|c| c.type_ == kind && c.status == value);
-        let container = status.container_statuses.as_ref().and_then(|all| all.first());
-        let state = container.and_then(|c| c.state.clone()).unwrap_or_default();
+        let state = container(pod).and_then(|c| c.state.clone()).unwrap_or_default();
         let disrupted = is("DisruptionTarget", "True").is_some();
         let phase = status.phase.unwrap_or_default();
         let exited = state.terminated.as_ref().map(|end| end.exit_code);
-        let said = state.terminated.as_ref().and_then(|end| end.message.as_deref()).map(last_words);
+        let said = last_said(pod).map(last_words);
         let over = matches!(phase.as_str(), "Failed" | "Succeeded");
         let ended = exited.or(over.then_some(if phase == "Succeeded" { 0 } else { KILLED }));
         let runs = state.running.is_some() && ended.is_none();
         // Workers have no readiness probe: one that runs is not ready only where its machine is not.
         let lost = runs && is("Ready", "False").is_some();
-        let unscheduled = is("PodScheduled", "False").map(|condition| Waiting {
-            reason: "Unschedulable".into(),
-            message: unschedulable(condition.message.as_deref().unwrap_or("no reason was given")),
-        });
         Some(Self {
             name: pod.name_any(),
             run: label(RUN_LABEL)?,
@@ -92,7 +87,7 @@ impl PodFacts {
             lost,
             ended,
             said: said.filter(|said| !said.is_empty()),
-            waiting: if ended.is_some() { None } else { unscheduled.or_else(|| container.and_then(container_waits)) },
+            waiting: if ended.is_some() { None } else { waits(pod) },
             gone: false,
         })
     }
@@ -111,8 +106,29 @@ impl PodFacts {
     }
 }
 
+/// What a pod that has ended said of it: its termination message, which is the end of its log where it failed.
+pub(super) fn last_said(pod: &Pod) -> Option<&str> {
+    container(pod)?.state.as_ref()?.terminated.as_ref()?.message.as_deref()
+}
+
+/// What keeps a pod from running.
+pub(super) fn waits(pod: &Pod) -> Option<Waiting> {
+    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
+    let unscheduled = conditions.into_iter().flatten().find(|c| c.type_ == "PodScheduled" && c.status == "False");
+    let unscheduled = unscheduled.map(|condition| Waiting {
+        reason: "Unschedulable".into(),
+        message: unschedulable(condition.message.as_deref().unwrap_or("no reason was given")),
+    });
+    unscheduled.or_else(|| container_waits(container(pod)?))
+}
+
+/// The state of its only container, once it has one.
+pub(super) fn container(pod: &Pod) -> Option<&ContainerStatus> {
+    pod.status.as_ref()?.container_statuses.as_ref()?.first()
+}
+
 /// The last line, as far as a message has room.
-fn last_words(text: &str) -> String {
+pub(super) fn last_words(text: &str) -> String {
     let last = text.trim_end().lines().next_back().unwrap_or_default();
     sgcl_telemetry::plain(last).trim_start().chars().take(300).collect()
 }

@@ -38,13 +38,34 @@ pub struct Prepared {
 /// # Errors
 /// [`Refusal`].
 pub async fn prepare(plan: &Plan, uid: &str) -> Result<Prepared, Refusal> {
-    let bucket = open(plan, &plan.bucket).map_err(|e| refused("bucket", e))?;
-    let store = plan.run.store(&bucket);
-    let found = Spec::find(&store).await.map_err(|e| Refusal::Later(format!("bucket: {e}")))?;
+    let (store, found) = look(plan).await?;
     let stored = match found {
         Some(stored) => stored,
         None => create(plan, uid, &store).await?,
     };
+    compared(plan, uid, stored, store)
+}
+
+/// Finds the spec of a run that has been trained.
+///
+/// # Errors
+/// [`Refusal`]: it is not in the bucket any more, among others.
+pub async fn find(plan: &Plan, uid: &str) -> Result<Prepared, Refusal> {
+    let (store, found) = look(plan).await?;
+    let gone = || Refusal::Mend(format!("{} has no run named {} any more", plan.bucket, plan.run));
+    compared(plan, uid, found.ok_or_else(gone)?, store)
+}
+
+/// The run's part of the bucket, and its spec if it has one.
+async fn look(plan: &Plan) -> Result<(Store, Option<Spec>), Refusal> {
+    let bucket = open(plan, &plan.bucket).map_err(|e| refused("bucket", e))?;
+    let store = plan.run.store(&bucket);
+    let found = Spec::find(&store).await.map_err(|e| Refusal::Later(format!("bucket: {e}")))?;
+    Ok((store, found))
+}
+
+/// What is wanted of a run that is there, as far as it can be had.
+fn compared(plan: &Plan, uid: &str, stored: Spec, store: Store) -> Result<Prepared, Refusal> {
     if stored.write_id != uid {
         return Err(Refusal::Mend(format!(
             "{} has a run named {} already, which another SgclRun or a local run made; submit under another name",
@@ -167,6 +188,15 @@ mod tests {
         let other = prepare(&plan(folder.path(), 9), "ours").await.unwrap_or_else(|e| panic!("{e}"));
         assert_eq!(other.spec.config.epochs, 3);
         assert!(other.ignored.unwrap().contains("epochs"));
+    }
+
+    #[tokio::test]
+    async fn a_trained_run_is_found_and_never_made_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let plan = plan(folder.path(), 3);
+        assert!(matches!(find(&plan, "ours").await, Err(Refusal::Mend(text)) if text.contains("any more")));
+        begun(&plan, "ours").await;
+        assert_eq!(find(&plan, "ours").await.unwrap_or_else(|e| panic!("{e}")).spec.config.epochs, 3);
     }
 
     #[tokio::test]

@@ -13,7 +13,7 @@ use sgcl_runstore::metrics::PROBE;
 use tokio::time::Instant;
 
 use super::MANAGER;
-use super::resource::{Phase, SgclRun, SgclRunStatus};
+use super::resource::{EvaluationPhase, EvaluationStatus, Phase, SgclRun, SgclRunStatus};
 use crate::machine::Change;
 use crate::metrics::Measure;
 use crate::view::RunView;
@@ -44,6 +44,8 @@ pub struct Facts {
     pub url: Option<String>,
     /// The leader's term.
     pub lease_epoch: u64,
+    /// Evaluations of the finished run; none says nothing new of them.
+    pub evaluations: Option<Vec<EvaluationStatus>>,
     /// Time since this coordinator began to train, and the share done then.
     pub pace: Option<(Duration, f64)>,
 }
@@ -110,6 +112,9 @@ pub fn status(before: &SgclRunStatus, now: Timestamp, facts: &Facts) -> SgclRunS
     if facts.phase == Phase::Finished {
         status.progress = Some("100%".into());
     }
+    if let Some(evaluations) = &facts.evaluations {
+        status.evaluations.clone_from(evaluations);
+    }
     let condition = |kind: &str, holds: bool| {
         let value = if holds { "True" } else { "False" };
         let known = before.conditions.iter().find(|c| c.type_ == kind && c.status == value);
@@ -127,7 +132,56 @@ pub fn status(before: &SgclRunStatus, now: Timestamp, facts: &Facts) -> SgclRunS
         condition("Training", facts.phase == Phase::Running),
         condition("Finished", facts.phase == Phase::Finished),
     ];
+    if let Some(least) = status.evaluations.iter().map(|one| one.phase).min_by_key(|phase| urgency(*phase)) {
+        status.conditions.push(Condition {
+            reason: least.to_string(),
+            message: unmade(&status.evaluations).join("; "),
+            ..condition("Evaluated", least == EvaluationPhase::Done)
+        });
+    }
     status
+}
+
+/// What to tell first of several evaluations.
+fn urgency(phase: EvaluationPhase) -> u8 {
+    match phase {
+        EvaluationPhase::Running => 0,
+        EvaluationPhase::Waiting => 1,
+        EvaluationPhase::Failed => 2,
+        EvaluationPhase::Done => 3,
+    }
+}
+
+/// Evaluations that are not made, each with what is known of it.
+fn unmade(evaluations: &[EvaluationStatus]) -> Vec<String> {
+    let unmade = evaluations.iter().filter(|one| one.phase != EvaluationPhase::Done);
+    unmade
+        .map(|one| match &one.message {
+            Some(message) => format!("{}: {message}", one.name),
+            None => format!("{}: {}", one.name, one.phase),
+        })
+        .collect()
+}
+
+/// What has become of evaluations since: whether it is bad, its reason and note, as events have them.
+#[must_use]
+pub fn evaluated(before: &[EvaluationStatus], now: &[EvaluationStatus]) -> Vec<(bool, &'static str, String)> {
+    let told = |one: &&EvaluationStatus| {
+        let known = before
+            .iter()
+            .any(|known| known.name == one.name && known.phase == one.phase && known.figures == one.figures);
+        one.phase.is_over() && !known
+    };
+    now.iter()
+        .filter(told)
+        .map(|one| {
+            let (bad, reason, said) = match one.phase {
+                EvaluationPhase::Done => (false, "Evaluated", &one.figures),
+                _ => (true, "EvaluationFailed", &one.message),
+            };
+            (bad, reason, format!("{}: {}", one.name, said.as_deref().unwrap_or_default()))
+        })
+        .collect()
 }
 
 /// 95 s as 1m35s.
@@ -192,7 +246,9 @@ impl Reporter {
             return true;
         }
         let moved = (status.phase, &status.message) != (self.last.phase, &self.last.message);
-        let news = moved || status.observed_generation != self.last.observed_generation;
+        let news = moved
+            || status.observed_generation != self.last.observed_generation
+            || status.evaluations != self.last.evaluations;
         if !news && Instant::now() < self.due() {
             return false;
         }
@@ -204,11 +260,16 @@ impl Reporter {
         match self.api.patch_status(&self.name, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&patch)).await {
             Ok(_) => {
                 let (phase, message) = (status.phase, status.message.clone());
+                let evaluated = evaluated(&self.last.evaluations, &status.evaluations);
                 self.last = status;
                 if moved {
                     tracing::info!(run = self.name, %phase, message, "transition");
                     let bad = matches!(phase, Phase::Failed | Phase::Waiting) && message.is_some();
                     self.event(bad, &phase.to_string(), message.unwrap_or_else(|| sentence(phase))).await;
+                }
+                for (bad, reason, note) in evaluated {
+                    tracing::info!(run = self.name, reason, note, "evaluation");
+                    self.event(bad, reason, note).await;
                 }
                 true
             }
@@ -328,5 +389,45 @@ mod tests {
         let ended = status(&same, at(20), &Facts { phase: Phase::Finished, ..running(9, 20) });
         assert_eq!((training(&ended).status.as_str(), training(&ended).last_transition_time), ("False", Time(at(20))));
         assert_eq!((ended.nodes_ready, ended.progress.as_deref()), (0, Some("100%")));
+    }
+
+    #[test]
+    fn evaluations_are_a_condition_and_an_event_each_when_they_end() {
+        let one = |name: &str, phase: EvaluationPhase| EvaluationStatus {
+            name: name.into(),
+            phase,
+            ..EvaluationStatus::default()
+        };
+        let told = |before: &SgclRunStatus, list: &[EvaluationStatus]| {
+            status(
+                before,
+                at(9),
+                &Facts { phase: Phase::Finished, evaluations: Some(list.to_vec()), ..Facts::default() },
+            )
+        };
+        let condition = |status: &SgclRunStatus| {
+            let found = status.conditions.iter().find(|c| c.type_ == "Evaluated");
+            found.map(|c| (c.status.clone(), c.reason.clone(), c.message.clone()))
+        };
+        let is = |status: &str, reason: &str, message: &str| Some((status.into(), reason.into(), message.into()));
+        let none = told(&SgclRunStatus::default(), &[]);
+        assert_eq!(condition(&none), None);
+        let mut list = [one("grain", EvaluationPhase::Running), one("tumour", EvaluationPhase::Waiting)];
+        let begun = told(&none, &list);
+        assert_eq!(condition(&begun), is("False", "Running", "grain: Running; tumour: Waiting"));
+        assert_eq!(evaluated(&none.evaluations, &begun.evaluations), []);
+        list[0] = EvaluationStatus { figures: Some("linear 64.5%".into()), ..one("grain", EvaluationPhase::Done) };
+        list[1] = EvaluationStatus { message: Some("torn".into()), ..one("tumour", EvaluationPhase::Failed) };
+        let ended = told(&begun, &list);
+        assert_eq!(condition(&ended), is("False", "Failed", "tumour: torn"));
+        let events = evaluated(&begun.evaluations, &ended.evaluations);
+        let wanted =
+            [(false, "Evaluated", "grain: linear 64.5%".into()), (true, "EvaluationFailed", "tumour: torn".into())];
+        assert_eq!(events, wanted);
+        assert_eq!(evaluated(&ended.evaluations, &ended.evaluations), [], "told once");
+        let all = told(&ended, &list[..1]);
+        assert_eq!(condition(&all), is("True", "Done", ""));
+        let later = status(&all, at(20), &Facts { phase: Phase::Finished, ..Facts::default() });
+        assert_eq!(later.evaluations, all.evaluations, "facts that say nothing of them take nothing back");
     }
 }

@@ -204,6 +204,50 @@ impl std::fmt::Display for Phase {
     }
 }
 
+/// How an evaluation stands.
+#[derive(JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EvaluationPhase {
+    /// Its Job is asked for; nothing runs.
+    #[default]
+    Waiting,
+    /// It is being made.
+    Running,
+    /// Its results are in the bucket.
+    Done,
+    /// Given up; `message` says why and what to do.
+    Failed,
+}
+
+impl EvaluationPhase {
+    /// Whether nothing more will come of it.
+    #[must_use]
+    pub fn is_over(self) -> bool {
+        matches!(self, Self::Done | Self::Failed)
+    }
+}
+
+impl std::fmt::Display for EvaluationPhase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Debug::fmt(self, f)
+    }
+}
+
+/// What came of an evaluation that the configuration names.
+#[derive(JsonSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct EvaluationStatus {
+    /// Its name in the configuration.
+    pub name: String,
+    /// How it stands.
+    pub phase: EvaluationPhase,
+    /// Why, and what to do where something is to be done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// Accuracies of the run's weights in a line; the bucket has all figures.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub figures: Option<String>,
+}
+
 /// What came of a run.
 #[derive(JsonSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -251,6 +295,9 @@ pub struct SgclRunStatus {
     /// Accuracy of the newest online probe, in percent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub probe: Option<String>,
+    /// Evaluations that the configuration names, once the run is finished.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub evaluations: Vec<EvaluationStatus>,
     /// The run's part of the bucket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub url: Option<String>,
@@ -261,7 +308,7 @@ pub struct SgclRunStatus {
     /// The spec's generation that this speaks of.
     #[serde(default)]
     pub observed_generation: i64,
-    /// Admitted, Training, Finished.
+    /// Admitted, Training, Finished; Evaluated where the configuration names evaluations.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(with = "Vec<ConditionSchema>")]
     pub conditions: Vec<Condition>,

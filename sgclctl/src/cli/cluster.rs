@@ -19,6 +19,7 @@ const SUBMIT_EXAMPLES: &str = "\
 Examples:
   sgclctl submit --nodes 2 --gpus-per-node 4
   sgclctl submit --nodes 8 --gpus-per-node 8 --name big -f configs/sgcl.yaml --set epochs=200 --wait
+  sgclctl submit --nodes 2 --eval tumour=s3://lab/labelled --wait
   sgclctl submit -f run.yaml              (a whole SgclRun)
   sgclctl submit --nodes 2 --dry-run      (prints what would be made; the cluster has checked it)
 
@@ -63,13 +64,16 @@ pub(crate) struct SubmitArgs {
     /// Override one key of the configuration, e.g. epochs=20; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
+    /// Evaluate the weights on a labelled patch set, by nearest neighbours and a linear classifier; may be repeated
+    #[arg(long, value_name = "NAME=URL")]
+    pub(crate) eval: Vec<String>,
     /// Print what would be made, checked by the cluster, and make nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
-    /// Stay until the run ends, and tell how it goes
+    /// Stay until the run ends and its evaluations are made, and tell how it goes
     #[arg(long, conflicts_with = "dry_run")]
     pub(crate) follow: bool,
-    /// Stay until the run ends; the exit code says how
+    /// Stay until the run ends and its evaluations are made; the exit code says how
     #[arg(long, conflicts_with = "dry_run")]
     pub(crate) wait: bool,
     #[command(flatten)]

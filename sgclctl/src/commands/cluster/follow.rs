@@ -3,7 +3,7 @@
 use anyhow::Result;
 use futures::{StreamExt, TryStreamExt};
 use kube::runtime::{WatchStreamExt, watcher};
-use sgcl_coordinator::kube::resource::{Phase, SgclRunStatus};
+use sgcl_coordinator::kube::resource::{EvaluationPhase, EvaluationStatus, Phase, SgclRunStatus};
 
 use super::access::Cluster;
 use crate::error::Failure;
@@ -42,7 +42,8 @@ pub(super) async fn follow(cluster: &Cluster, name: &str, all: bool, out: Out) -
             continue;
         }
         match status.phase {
-            Phase::Finished => return Ok(Exit::Done),
+            Phase::Finished if status.evaluations.iter().any(|one| !one.phase.is_over()) => {}
+            Phase::Finished => return evaluated(name, &status),
             Phase::Suspended | Phase::Cancelled => return Ok(Exit::Suspended),
             Phase::Failed => {
                 let why = status.message.unwrap_or_else(|| "no reason was given".into());
@@ -53,6 +54,17 @@ pub(super) async fn follow(cluster: &Cluster, name: &str, all: bool, out: Out) -
             Phase::Pending | Phase::Waiting | Phase::Running => {}
         }
     }
+}
+
+/// A finished run whose evaluations are over: all of them are wanted.
+fn evaluated(name: &str, status: &SgclRunStatus) -> Result<Exit> {
+    let failed = |one: &&EvaluationStatus| one.phase == EvaluationPhase::Failed;
+    let failed: Vec<&str> = status.evaluations.iter().filter(failed).map(|one| one.name.as_str()).collect();
+    if failed.is_empty() {
+        return Ok(Exit::Done);
+    }
+    let message = format!("run {name} is finished and exported, but not evaluated: {}", failed.join(", "));
+    Err(Failure::new(Exit::Failed, message).hint(format!("`sgclctl status {name}` says why")).into())
 }
 
 fn line(status: &SgclRunStatus, all: bool) -> String {
@@ -66,8 +78,29 @@ fn line(status: &SgclRunStatus, all: bool) -> String {
             }
         }
     }
-    match &status.message {
-        Some(message) => format!("{line}: {message}"),
-        None => line,
+    if let Some(message) = &status.message {
+        line = format!("{line}: {message}");
+    }
+    for one in &status.evaluations {
+        let said = one.figures.as_ref().or(one.message.as_ref()).map(|said| format!(": {said}")).unwrap_or_default();
+        line = format!("{line}\n  evaluation {} {}{said}", one.name, one.phase);
+    }
+    line
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_finished_run_has_failed_its_user_where_an_evaluation_is_missing() {
+        let one = |name: &str, phase| EvaluationStatus { name: name.into(), phase, ..EvaluationStatus::default() };
+        let of = |evaluations| SgclRunStatus { phase: Phase::Finished, evaluations, ..SgclRunStatus::default() };
+        assert!(matches!(evaluated("first", &of(vec![one("grain", EvaluationPhase::Done)])), Ok(Exit::Done)));
+        let torn = of(vec![one("grain", EvaluationPhase::Done), one("torn", EvaluationPhase::Failed)]);
+        let error = evaluated("first", &torn).map(drop).unwrap_err().to_string();
+        assert!(error.ends_with("not evaluated: torn"), "{error}");
+        assert!(line(&torn, false).contains("evaluation torn Failed"));
     }
 }

@@ -57,6 +57,14 @@ fn text(name: &str, run: &SgclRun, events: &[Event]) -> String {
             row(name, value);
         }
     }
+    for one in &status.evaluations {
+        let (word, said) = match &one.figures {
+            Some(figures) => ("evaluated", figures.clone()),
+            None => ("evaluation", one.phase.to_string()),
+        };
+        let why = one.message.as_ref().map(|message| format!(": {message}")).unwrap_or_default();
+        row(word, &format!("{}: {said}{why}", one.name));
+    }
     row("steps", &status.step.to_string());
     row("commit", &status.last_commit.map_or_else(|| "none yet".to_owned(), |seq| seq.to_string()));
     row("restarts", &status.restarts.to_string());
@@ -67,4 +75,27 @@ fn text(name: &str, run: &SgclRun, events: &[Event]) -> String {
         row(&time, &format!("{reason}: {note}{times}"));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use sgcl_coordinator::kube::resource::{EvaluationPhase, EvaluationStatus, SgclRunSpec, SgclRunStatus};
+
+    use super::*;
+
+    #[test]
+    fn evaluations_stand_with_their_figures_or_with_why_there_are_none() {
+        let one = |name: &str, phase| EvaluationStatus { name: name.into(), phase, ..EvaluationStatus::default() };
+        let grain = EvaluationStatus { figures: Some("linear 64.5%".into()), ..one("grain", EvaluationPhase::Done) };
+        let torn = EvaluationStatus { message: Some("no such set".into()), ..one("torn", EvaluationPhase::Failed) };
+        let mut run = SgclRun::new("first", SgclRunSpec::default());
+        let evaluations = vec![grain, torn, one("tumour", EvaluationPhase::Running)];
+        run.status = Some(SgclRunStatus { evaluations, ..SgclRunStatus::default() });
+        let text = text("first", &run, &[]);
+        for line in
+            ["evaluated  grain: linear 64.5%", "evaluation torn: Failed: no such set", "evaluation tumour: Running"]
+        {
+            assert!(text.lines().any(|found| found == line), "{line:?} is not in {text}");
+        }
+    }
 }

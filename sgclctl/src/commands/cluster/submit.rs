@@ -8,7 +8,6 @@ use kube::ResourceExt;
 use kube::api::PostParams;
 use serde_json::{Map, Value, json};
 use sgcl_coordinator::kube::TRACE_ANNOTATION;
-use sgcl_coordinator::kube::plan::check_on_cluster;
 use sgcl_coordinator::kube::resource::{SgclRun, SgclRunSpec};
 use sgcl_runstore::{ConfigError, RunConfig, RunName};
 
@@ -61,11 +60,13 @@ fn wanted(args: &SubmitArgs) -> Result<SgclRun> {
     for word in &args.set {
         set(&mut config, word)?;
     }
+    for word in &args.eval {
+        evaluation(&mut config, word)?;
+    }
     // As the coordinator will check it, but here, where it was typed.
     let text = Value::Object(config.clone()).to_string();
     let name = args.file.as_deref().map_or_else(|| "(defaults)".to_owned(), |file| file.display().to_string());
-    let checked = RunConfig::from_yaml(&text, &name, &[])?;
-    check_on_cluster(&checked).map_err(|error| Failure::new(Exit::Config, error.to_string()))?;
+    RunConfig::from_yaml(&text, &name, &[])?;
     spec.config = (!config.is_empty()).then_some(config);
     spec.nodes = args.nodes.unwrap_or(spec.nodes);
     let over = |own: &mut Option<String>, given: &Option<String>| {
@@ -119,6 +120,16 @@ fn set(tree: &mut Map<String, Value>, word: &str) -> Result<()> {
     Ok(())
 }
 
+/// `name=dataset`, one more evaluation with the protocols that are the default.
+fn evaluation(tree: &mut Map<String, Value>, word: &str) -> Result<()> {
+    let odd = |what: &str| Failure::new(Exit::Usage, format!("--eval {word}: {what}"));
+    let (name, dataset) = word.split_once('=').ok_or_else(|| odd("write it as name=URL of a labelled patch set"))?;
+    let list = tree.entry("evaluations").or_insert_with(|| json!([]));
+    let list = list.as_array_mut().ok_or_else(|| odd("evaluations of the configuration is no list"))?;
+    list.push(json!({ "name": name, "dataset": dataset }));
+    Ok(())
+}
+
 fn merge(base: &mut Map<String, Value>, over: Map<String, Value>) {
     for (key, value) in over {
         match (base.get_mut(&key), value) {
@@ -156,6 +167,21 @@ mod tests {
     fn overrides_become_a_configuration_of_just_those_keys() {
         let run = asked(&["--set", "batch.per_rank=8", "--set", "epochs=3"]).unwrap();
         assert_eq!(Value::Object(run.spec.config.unwrap()), json!({ "batch": { "per_rank": 8 }, "epochs": 3 }));
+    }
+
+    #[test]
+    fn evaluations_are_added_to_those_of_the_configuration() {
+        let own = r#"evaluations=[{"name": "grain", "dataset": "s3://lab/a", "trials": 3}]"#;
+        let words = ["--eval", "tumour=s3://lab/b?x=y", "--set", own];
+        let config = asked(&words).unwrap().spec.config.unwrap();
+        let grain = json!({ "name": "grain", "dataset": "s3://lab/a", "trials": 3 });
+        assert_eq!(config["evaluations"], json!([grain, { "name": "tumour", "dataset": "s3://lab/b?x=y" }]));
+        for (word, said) in
+            [("s3://lab/b", "name=URL"), ("Big=s3://lab/b", "is not 1 to 30 of"), ("a=", "dataset is missing")]
+        {
+            let error = asked(&["--eval", word]).unwrap_err();
+            assert!(format!("{error:#}").contains(said), "{error:#}");
+        }
     }
 
     #[test]

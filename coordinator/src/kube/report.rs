@@ -200,7 +200,10 @@ pub fn regrouped(change: &Change) -> String {
     let reason = change.reason.lines().next().unwrap_or_default();
     let lost = match change.from_commit {
         Some(seq) => format!("{} steps are trained again from commit {seq}", change.steps_lost),
-        None => format!("{} steps lost", change.steps_lost),
+        None if change.steps_lost > 0 => {
+            format!("{} steps are trained again: there was no commit yet", change.steps_lost)
+        }
+        None => "no step lost".to_owned(),
     };
     format!("{reason}; training on {} rank(s) after {:.1} s, {lost}", change.world, change.took.as_secs_f64())
 }

@@ -128,7 +128,11 @@ fn line(kind: &EventKind) -> (&'static str, String, String) {
         }
         EventKind::Regrouped { reason, failure, world_before, world, seconds, steps_lost, from_commit } => {
             let what = if *failure { "failure" } else { "regrouped" };
-            let back = from_commit.map_or_else(String::new, |seq| format!(", back to commit {seq}"));
+            let back = match from_commit {
+                Some(seq) => format!(", back to commit {seq}"),
+                None if *steps_lost > 0 => ", back to the beginning: there was no commit yet".to_owned(),
+                None => String::new(),
+            };
             let cost = format!("{seconds:.1} s, {steps_lost} steps, {world_before} to {world} ranks{back}");
             (what, cost, reason.lines().next().unwrap_or_default().to_owned())
         }

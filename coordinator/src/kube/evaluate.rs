@@ -22,7 +22,7 @@ use tokio::time::sleep_until;
 
 use super::EVALUATES_LABEL;
 use super::conduct::FINALIZER;
-use super::evaluation::{EvaluationJob, given_up, name, said, same, stands, to_come};
+use super::evaluation::{EvaluationJob, given_up, name, put_off, said, same, stands, to_come};
 use super::job::HandedOn;
 use super::plan::PodNeeds;
 use super::report::{Facts, Reporter};
@@ -124,7 +124,12 @@ impl Evaluations<'_> {
                     }
                     Some(Ok(News::Pods { listed: true })) => pods_listed = true,
                     Some(Ok(News::Jobs { .. } | News::Pods { .. })) => {}
-                    Some(Err(error)) => tracing::warn!(%error, "a watch over evaluations broke, it is made anew"),
+                    Some(Err(error)) => {
+                        tracing::warn!(%error, "a watch over evaluations broke, it is made anew");
+                        if !(jobs_listed && pods_listed) {
+                            book.list = put_off(&book.list, Some(&format!("its Job cannot be watched: {error}")));
+                        }
+                    }
                     None => bail!("the watches over evaluations ended"),
                 },
                 changed = object.changed() => {

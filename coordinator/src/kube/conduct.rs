@@ -1,5 +1,7 @@
 //! One run, from its object to its end: prepare, ask for nodes, coordinate, and obey what the object comes to say meanwhile.
 
+mod after;
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,10 +23,9 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument as _, info_span};
 
 use super::defaults::Defaults;
-use super::evaluate::{End, Evaluations};
-use super::evaluation::{given_up, outstanding, put_off, to_come};
+use super::evaluation::{outstanding, put_off, to_come};
 use super::gang::{Gangs, Standing};
-use super::job::{HOPELESS, WorkerLine};
+use super::job::{HOPELESS, WorkerLine, has_ended};
 use super::launcher::KubeLauncher;
 use super::plan::Plan;
 use super::pods::{PodFacts, Pods};
@@ -177,14 +178,6 @@ async fn sent_home(launcher: &KubeLauncher, news: &mut mpsc::UnboundedReceiver<P
     }
 }
 
-/// Whether a Job's last pod has ended.
-fn has_ended(job: &Job) -> bool {
-    let status = job.status.clone().unwrap_or_default();
-    let failed = status.conditions.iter().flatten().any(|c| c.type_ == "Failed" && c.status == "True");
-    let tries = job.spec.as_ref().and_then(|spec| spec.backoff_limit).unwrap_or(0);
-    status.completion_time.is_some() || failed || status.failed > Some(tries)
-}
-
 fn held(run: &SgclRun) -> bool {
     run.finalizers().iter().any(|name| name == FINALIZER)
 }
@@ -335,58 +328,6 @@ impl Conductor {
             // Another leader's commit, a bucket that is away: the next try finds out which.
             Err(error) => Ok(Next::Retry(format!("{error:#}"))),
         }
-    }
-
-    /// Has the evaluations of a finished run made.
-    async fn evaluate(
-        &mut self,
-        run: &SgclRun,
-        object: &mut watch::Receiver<Arc<SgclRun>>,
-        plan: &Plan,
-        prepared: &Prepared,
-        trace: Option<Traceparent>,
-        afresh: bool,
-    ) -> Result<Next> {
-        let url = Some(prepared.store.url().to_owned());
-        let mut facts = Facts { url, ..self.facts(run, Phase::Finished, None) };
-        let evaluations = Evaluations {
-            runs: self.api.clone(),
-            jobs: self.namespaced(),
-            pods: self.namespaced(),
-            run: &plan.run,
-            owner: &run.controller_owner_ref(&()).context("the object has no uid")?,
-            bucket: &plan.bucket,
-            store: &prepared.store,
-            needs: &plan.pods,
-            handed: handed_on(trace),
-            wanted: &prepared.spec.config.evaluations,
-        };
-        let making = evaluations.make(afresh, &mut self.reporter, &mut facts, object);
-        Ok(match making.instrument(info_span!("evaluations")).await? {
-            End::Over => Next::Rest,
-            End::Changed => Next::Look,
-            End::Gone => Next::Gone,
-        })
-    }
-
-    /// Evaluations that nobody can make.
-    async fn give_up(&mut self, run: &SgclRun, why: &str) -> Next {
-        let evaluations = Some(given_up(&self.reporter.last().evaluations, why));
-        let facts = Facts { evaluations, ..self.facts(run, Phase::Finished, None) };
-        if self.reporter.tell(&facts).await { Next::Rest } else { Next::Retry(why.to_owned()) }
-    }
-
-    /// Says why nothing can be done for now. A finished run stays finished.
-    async fn put_off(&mut self, run: &SgclRun, message: String) {
-        let last = self.reporter.last();
-        if !outstanding(last) {
-            return self.tell(run, Phase::Waiting, Some(message)).await;
-        }
-        // What has come to be asked for since is not seen to yet.
-        let generation = last.observed_generation;
-        let evaluations = Some(put_off(&last.evaluations, Some(&message)));
-        let facts = Facts { generation, evaluations, ..self.facts(run, Phase::Finished, None) };
-        self.reporter.tell(&facts).await;
     }
 
     /// Asks for nodes and waits until enough of them run. A gang is kept together here, before anything is trained.

@@ -79,6 +79,14 @@ pub fn name(run: &str, slot: u32, number: u32) -> String {
     format!("{run}-{slot}-{number}")
 }
 
+/// Whether a Job's last pod has ended.
+pub(super) fn has_ended(job: &Job) -> bool {
+    let status = job.status.clone().unwrap_or_default();
+    let failed = status.conditions.iter().flatten().any(|c| c.type_ == "Failed" && c.status == "True");
+    let tries = job.spec.as_ref().and_then(|spec| spec.backoff_limit).unwrap_or(0);
+    status.completion_time.is_some() || failed || status.failed > Some(tries)
+}
+
 /// A Job and what goes into it, of nodes and of evaluations.
 pub(super) struct Parts<'a> {
     /// Its name.
@@ -383,6 +391,19 @@ mod tests {
         let env = container["env"].as_array().unwrap();
         assert!(env.contains(&json!({ "name": "NCCL_IB_HCA", "value": "mlx5" })), "{env:?}");
         assert_eq!(container["ports"][0], json!({ "name": "metrics", "containerPort": METRICS_PORT }));
+    }
+
+    #[test]
+    fn a_job_has_ended_with_its_last_pod() {
+        let ended = |retries: i32, status: Value| {
+            let job = json!({ "spec": { "backoffLimit": retries, "template": {} }, "status": status });
+            has_ended(&serde_json::from_value(job).unwrap())
+        };
+        assert!(!ended(0, json!({ "active": 1 })));
+        assert!(ended(0, json!({ "failed": 1 })));
+        assert!(!ended(2, json!({ "failed": 2 })), "it is tried once more");
+        assert!(ended(2, json!({ "failed": 1, "conditions": [{ "type": "Failed", "status": "True" }] })));
+        assert!(ended(2, json!({ "completionTime": "2026-01-01T00:00:00Z" })));
     }
 
     #[test]

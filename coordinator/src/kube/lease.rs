@@ -14,12 +14,13 @@ use tokio::time::Instant;
 
 /// Name of the Lease.
 pub const NAME: &str = "sgcl-coordinator";
-/// A leader that has not renewed for so long has lost it.
-const DURATION: Duration = Duration::from_secs(10);
+/// A leader that has not renewed for so long has lost it. Survivors of a power cut that took the leader too wait for this and then for each
+/// other.
+const DURATION: Duration = Duration::from_secs(7);
 /// Time between two renewals.
-const RENEW: Duration = Duration::from_secs(2);
+const RENEW: Duration = Duration::from_millis(1500);
 /// A leader that could not renew for so long stops by itself, before another one may begin.
-const STEP_DOWN: Duration = Duration::from_secs(7);
+const STEP_DOWN: Duration = Duration::from_secs(5);
 
 /// What a look at the Lease comes to.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -142,6 +142,11 @@ pub fn status(before: &SgclRunStatus, now: Timestamp, facts: &Facts) -> SgclRunS
     status
 }
 
+/// Whether numbers that were `written` last then wait. What a coordinator has never written does not: its term is news.
+fn too_soon(written: Option<Instant>, now: Instant) -> bool {
+    written.is_some_and(|written| now < written + SELDOM)
+}
+
 /// What to tell first of several evaluations.
 fn urgency(phase: EvaluationPhase) -> u8 {
     match phase {
@@ -252,7 +257,7 @@ impl Reporter {
         let news = moved
             || status.observed_generation != self.last.observed_generation
             || status.evaluations != self.last.evaluations;
-        if !news && Instant::now() < self.due() {
+        if !news && too_soon(self.written, Instant::now()) {
             return false;
         }
         let patch = json!({
@@ -392,6 +397,14 @@ mod tests {
         let ended = status(&same, at(20), &Facts { phase: Phase::Finished, ..running(9, 20) });
         assert_eq!((training(&ended).status.as_str(), training(&ended).last_transition_time), ("False", Time(at(20))));
         assert_eq!((ended.nodes_ready, ended.progress.as_deref()), (0, Some("100%")));
+    }
+
+    #[test]
+    fn a_coordinator_that_takes_over_says_so_at_once_and_then_seldom() {
+        let now = Instant::now();
+        assert!(!too_soon(None, now));
+        assert!(too_soon(Some(now), now + SELDOM / 2));
+        assert!(!too_soon(Some(now), now + SELDOM));
     }
 
     #[test]

@@ -74,7 +74,7 @@ def machine(number):
 def wanted(number):
     return {"apiVersion": "sgcl.dev/v1alpha1", "kind": "SgclRun", "metadata": {"name": f"fleet-{number}", "namespace": NAMESPACE},
             "spec": {"nodes": NODES, "minNodes": NODES, "gpusPerNode": 4, "nodeSelector": {"type": "kwok"},
-                     "tolerations": [{"key": "kwok.x-k8s.io/node", "operator": "Exists"}], "config": {"batch": {"per_rank": 1}}}}
+                     "tolerations": [{"key": "kwok.x-k8s.io/node", "operator": "Exists"}], "config": {"batch": {"per_rank": 2}}}}
 
 
 def create(things):

@@ -128,7 +128,9 @@ def fleet():
     stages.write_text(STAGES)
     log = (STATE / "log/kwok.log").open("w")
     kwok = subprocess.Popen([CLUSTER, "exec", CACHE / "bin/kwok", "--kubeconfig", STATE / "pki/admin.kubeconfig", "--config", stages,
-                             "--manage-nodes-with-annotation-selector", "kwok.x-k8s.io/node=fake"],
+                             "--manage-nodes-with-annotation-selector", "kwok.x-k8s.io/node=fake",
+                             # This cluster takes a machine for lost after 8 s.
+                             "--node-lease-duration-seconds", "8"],
                             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=ENV)
     try:
         create([machine(number) for number in range(MACHINES)])

@@ -4,9 +4,8 @@ import json
 import statistics
 import subprocess
 import time
-from datetime import datetime
 
-from harness import CACHE, CLUSTER, ENV, NAMESPACE, STATE, expect, inside, kubectl, objects, say, wait_for
+from harness import CACHE, CLUSTER, ENV, NAMESPACE, STATE, expect, inside, kubectl, objects, say, seconds, wait_for
 
 KWOK = "sigs.k8s.io/kwok/cmd/kwok@v0.7.0"
 RUNS, NODES, MACHINES = 200, 5, 100
@@ -83,10 +82,6 @@ def create(things):
     kubectl("create", "-f", file)
 
 
-def at(stamp):
-    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
-
-
 def requests():
     """What the API server was asked, as its audit log has it."""
     for line in (STATE / "log/audit.log").read_text().splitlines():
@@ -98,7 +93,7 @@ def requests():
 
 
 def of_coordinator(since, until=float("inf")):
-    return [asked for asked in requests() if asked["user"]["username"] == ACCOUNT and since <= at(asked["requestReceivedTimestamp"]) < until]
+    return [asked for asked in requests() if asked["user"]["username"] == ACCOUNT and since <= seconds(asked["requestReceivedTimestamp"]) < until]
 
 
 def tally(found):
@@ -163,7 +158,7 @@ def submit_to_job(began):
     submitted, made = {}, {}
     for asked in requests():
         ref = asked.get("objectRef", {})
-        name, when = ref.get("name", ""), at(asked["requestReceivedTimestamp"])
+        name, when = ref.get("name", ""), seconds(asked["requestReceivedTimestamp"])
         if asked["verb"] != "create" or not name.startswith("fleet-") or when < began or asked["responseStatus"]["code"] != 201:
             continue
         if ref["resource"] == "sgclruns":
@@ -187,5 +182,5 @@ def taken_over():
     wait_for("the next leader has told of every run", lambda: runs_with(lambda now: now.get("leaseEpoch", 0) > epoch) == RUNS, 180, 0.5)
     done = time.time()
     lease = json.loads(kubectl("-n", NAMESPACE, "get", "lease", "sgcl-coordinator", "-o", "json"))
-    led = at(lease["spec"]["acquireTime"])
+    led = seconds(lease["spec"]["acquireTime"])
     return {"from_deletion": round(done - began, 1), "from_leading": round(done - led, 1)}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -48,6 +49,11 @@ class Failed(Exception):
 def expect(holds, text):
     if not holds:
         raise Failed(text)
+
+
+def seconds(stamp):
+    """A time as Kubernetes and the bucket write it, since 1970."""
+    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
 
 
 def wait_for(what, look, seconds=120, every=0.25):

@@ -2,24 +2,19 @@
 
 import json
 import time
-from datetime import datetime
 
 from harness import (
     CLUSTER, NAMESPACE, STATE, Failed, changes, evict, expect, finished, inside, kubectl, objects, pods, report, revive, run, say,
-    status, steps, submit, training, wait_for,
+    seconds, status, steps, submit, training, wait_for,
 )
 
 RUN = "storm"
 EVICTIONS = 10
 RANKS = 4
-# One thread each: more would spin for one another where cores are few.
+# Two ranks a node: one would take two threads, which spin for one another where cores are few.
 WORDS = ("--gpus-per-node", "2", "--set", "epochs=24", "--max-restarts", "20")
 COORDINATORS = "app.kubernetes.io/name=sgcl-coordinator"
 API_SERVER_AWAY_S = 60
-
-
-def seconds(stamp):
-    return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
 
 
 def whole():

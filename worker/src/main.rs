@@ -74,37 +74,33 @@ fn run(runtime: &Runtime, command: Command) -> Result<ExitCode> {
         Command::Node(args) => runtime.block_on(supervisor::main(&args)),
         Command::Rank(args) => Ok(rank::main(runtime.handle(), &args)),
         Command::Eval(args) => {
-            let mut out = std::io::stdout().lock();
-            eval::main(runtime.handle(), &args, |line| {
-                // The reader is gone: the work is for nobody, but harmless.
-                let _ = writeln!(out, "{line}").and_then(|()| out.flush());
-            })?;
+            eval::main(runtime.handle(), &args, printed())?;
             Ok(ExitCode::from(exit::DONE))
         }
         Command::Evaluation(args) => {
-            let mut out = std::io::stdout().lock();
-            eval::named::main(runtime.handle(), &args, |line| {
-                let _ = writeln!(out, "{line}").and_then(|()| out.flush());
-            })?;
+            eval::named::main(runtime.handle(), &args, printed())?;
             Ok(ExitCode::from(exit::DONE))
         }
         Command::Segmentation(args) => {
-            let mut out = std::io::stdout().lock();
-            eval::segmentation::main(runtime.handle(), &args, |line| {
-                let _ = writeln!(out, "{line}").and_then(|()| out.flush());
-            })?;
+            eval::segmentation::main(runtime.handle(), &args, printed())?;
             Ok(ExitCode::from(exit::DONE))
         }
         Command::Embed(args) => {
-            let mut out = std::io::stdout().lock();
-            embed::main(runtime.handle(), &args, |line| {
-                let _ = writeln!(out, "{line}").and_then(|()| out.flush());
-            })?;
+            embed::main(runtime.handle(), &args, printed())?;
             Ok(ExitCode::from(exit::DONE))
         }
         Command::Bare(args) => {
             rank::bare::main(runtime.handle(), &args, &mut std::io::stdout().lock())?;
             Ok(ExitCode::from(exit::DONE))
         }
+    }
+}
+
+/// Prints an object a line.
+fn printed() -> impl FnMut(serde_json::Value) {
+    let mut out = std::io::stdout().lock();
+    move |line| {
+        // The reader is gone: the work is for nobody, but harmless.
+        let _ = writeln!(out, "{line}").and_then(|()| out.flush());
     }
 }

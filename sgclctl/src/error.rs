@@ -8,7 +8,7 @@ use sgcl_patchset::{IndexError, ManifestError, OpenError, ReadError, StoreError,
 use sgcl_phantom::PhantomError;
 use sgcl_runstore::export::ExportError;
 use sgcl_runstore::features::FeaturesError;
-use sgcl_runstore::{ConfigError, LabelledSetError, RunStoreError};
+use sgcl_runstore::{ConfigError, NamedSetError, RunStoreError};
 
 use crate::exit::Exit;
 
@@ -90,10 +90,10 @@ fn known(cause: &(dyn StdError + 'static)) -> Option<Known> {
     if let Some(e) = cause.downcast_ref::<ConfigError>() {
         return Some(config(e));
     }
-    if let Some(e) = cause.downcast_ref::<LabelledSetError>() {
+    if let Some(e) = cause.downcast_ref::<NamedSetError>() {
         return Some(match e {
-            LabelledSetError::Config(e) => config(e),
-            LabelledSetError::Store(e) => store(e),
+            NamedSetError::Config(e) => config(e),
+            NamedSetError::Store(e) => store(e),
             _ => (Exit::Config, None),
         });
     }

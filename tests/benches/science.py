@@ -3,10 +3,14 @@
 
 For each seed, phantom slides are drawn and ingested; every method trains on the same patches for the same number of epochs with the
 same encoder, views, batch and optimiser (configs/demo.yaml and what the method changes, below); encoders are judged on slides that
-no method saw, beside random weights and a colour histogram. One run a method and seed: the table has each seed's figure, the mean
-and the standard deviation over seeds. Everything is a command that a user would type.
+no method saw, beside random weights and a colour histogram. One run a method and seed: the table has each seed's figure with its
+95 % interval over slides, the mean and the standard deviation over seeds. Everything is a command that a user would type.
 
-What is finished is kept in --out, one JSON file a method and seed, and is not computed again: a call that was cut short goes on
+Columns are judged apart (--columns): `probe`, nearest neighbours and a linear classifier; `labels`, everything fine-tuned on 1 % and 10 % of
+the labels; `segmentation` (mean IoU) and `detection` (AP), on pictures drawn for the seed in the layouts of BCSS and NuCLS. A colour
+histogram has no network to fine-tune, and is judged by `probe` alone.
+
+What is finished is kept in --out, one JSON file a seed, method and column, and is not computed again: a call that was cut short goes on
 where it was. The last line is one JSON object.
 """
 import argparse
@@ -35,6 +39,11 @@ METHODS = {
     "sgcl-fp16": ["bank.dtype=fp16"],
 }
 BASELINES = ["random", "colour-histogram"]
+# How each column is judged. Small enough for a laptop's processor: trainings are short, so compare within the table alone.
+LABELS = ["--protocol", "finetune", "--labels", "1%,10%", "--epochs", 20]
+SEGMENTATION = ["--tile-px", 128, "--steps", 150, "--batch", 4, "--trials", 1]
+DETECTION = ["--iterations", 150, "--batch", 2, "--crop", 128, "--scale", 2, "--regions", 64, "--proposals", 300, "--trials", 1]
+COLUMNS = ["probe", "labels", "segmentation", "detection"]
 
 
 def main():
@@ -43,10 +52,15 @@ def main():
     for seed in range(1, args.seeds + 1):
         patches = patch_set(args, seed)
         for method in args.methods:
-            one(args, seed, method, patches)
-        for baseline in BASELINES:
-            judged(args, seed, baseline, patches, bucket(args, seed))
+            trained(args, seed, method, patches)
+        for weights in [*args.methods, *BASELINES]:
+            for column in columns(args, weights):
+                judged(args, seed, weights, column, patches)
     report(args)
+
+
+def columns(args, weights):
+    return [column for column in args.columns if column == "probe" or weights != "colour-histogram"]
 
 
 def arguments():
@@ -58,15 +72,19 @@ def arguments():
     parser.add_argument("--slides", type=int, default=20)
     parser.add_argument("--slide-px", type=int, default=1536)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--labels", default="", help="also fine-tune, on these shares of the labels (1%%,10%%)")
+    parser.add_argument("--columns", default="probe", help="of " + ", ".join(COLUMNS))
     args = parser.parse_args()
-    args.methods = args.methods.split(",")
-    unknown = [method for method in args.methods if method not in METHODS]
-    if unknown or args.seeds < 1:
-        parser.error(f"--methods {','.join(unknown)}: choose among {', '.join(METHODS)}" if unknown else "--seeds starts at 1")
+    for option, known_ones in (("methods", METHODS), ("columns", COLUMNS)):
+        asked = getattr(args, option).split(",")
+        unknown = [one for one in asked if one not in known_ones]
+        if unknown:
+            parser.error(f"--{option} {','.join(unknown)}: choose among {', '.join(known_ones)}")
+        setattr(args, option, asked)
+    if args.seeds < 1:
+        parser.error("--seeds starts at 1")
     target = os.environ.get("CARGO_TARGET_DIR", ROOT / "target")
     args.sgclctl = os.path.join(os.environ.get("SGCL_BIN", f"{target}/release"), "sgclctl")
-    args.budget = {key: getattr(args, key) for key in ("epochs", "slides", "slide_px", "ranks", "labels")}
+    args.budget = {key: getattr(args, key) for key in ("epochs", "slides", "slide_px", "ranks")}
     return args
 
 
@@ -84,47 +102,69 @@ def patch_set(args, seed):
     return patches
 
 
-def one(args, seed, method, patches):
-    """Trains, where that was not done, and judges."""
-    if known(args, seed, method) is not None:
-        return
+def drawn(args, seed, layout, *more):
+    """Pictures in another layout, of slides of their own."""
+    folder = args.out / f"seed-{seed}" / layout
+    if not (folder / "complete").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        call(args, "phantom", "--layout", layout, "--out", folder, "--seed", seed, *more)
+        (folder / "complete").touch()
+    return folder
+
+
+def trained(args, seed, method, patches):
+    """Trains, where that was not done."""
     runs = bucket(args, seed)
-    # A run that was cut short was not this budget's share of anything: it begins anew.
+    if known(args, seed, method, "run") is not None:
+        return
+    # A run that was cut short was not this budget's share of anything: it begins anew, and what was judged of it counts no more.
     shutil.rmtree(runs / "runs" / method, ignore_errors=True)
+    for column in COLUMNS:
+        path(args, seed, method, column).unlink(missing_ok=True)
     sets = [f"seed={seed}", f"epochs={args.epochs}", *METHODS[method]]
     began = time.monotonic()
     call(
         args, "run", "--local", "--ranks-per-node", args.ranks, "--data", patches, "--bucket", runs, "--name", method,
         "-f", ROOT / "configs" / "demo.yaml", *(part for value in sets for part in ("--set", value)),
     )
-    judged(args, seed, method, patches, runs, time.monotonic() - began)
+    keep(args, seed, method, "run", {"seconds": time.monotonic() - began})
 
 
-def judged(args, seed, weights, patches, runs, seconds=None):
-    if known(args, seed, weights) is not None:
+def judged(args, seed, weights, column, patches):
+    if known(args, seed, weights, column) is not None:
         return
-    protocols = ["knn", "linear"] + (["finetune"] if args.labels and weights != "colour-histogram" else [])
-    shares = ["--labels", args.labels] if "finetune" in protocols else []
     # A baseline is judged beside a run, which says what was held out and how large views are.
-    beside = [args.methods[0]] if weights in BASELINES else []
-    out = call(
-        args, "eval", "--data", patches, "--bucket", runs, "--weights", *beside, weights, "--seed", seed,
-        "--protocol", ",".join(protocols), *shares, "--output", "json", capture=True,
-    )
+    beside = [args.methods[0]] if weights in BASELINES and column in ("probe", "labels") else []
+    words = ["--bucket", bucket(args, seed), "--weights", *beside, weights, "--seed", seed, "--output", "json"]
+    if column == "segmentation":
+        words = ["segmentation", "--data", drawn(args, seed, "bcss", "--slides", 18, "--size", 512), *words, *SEGMENTATION]
+    elif column == "detection":
+        words = ["detection", "--data", drawn(args, seed, "nucls", "--slides", 10), *words, *DETECTION]
+    else:
+        words = ["--data", patches, *words, *(LABELS if column == "labels" else [])]
+    out = call(args, "eval", *words, capture=True)
     found = next(line for line in map(json.loads, out.splitlines()) if line["weights"] == weights)
-    figures = {part["protocol"]: part["accuracy"] for part in found["protocols"]}
-    save = {"budget": args.budget, "training_seconds": seconds, "accuracy": figures, "test": found["test_patches"]}
-    path(args, seed, weights).write_text(json.dumps(save, indent=1))
+    if column == "segmentation":
+        figures = {"mean IoU": found["mean_iou"]}
+    elif column == "detection":
+        figures = {"AP": found["protocols"][0]["ap"]}
+    else:
+        figures = {part["protocol"]: part["accuracy"] for part in found["protocols"]}
+    keep(args, seed, weights, column, {"figures": {name: {key: of[key] for key in ("value", "low", "high")} for name, of in figures.items()}})
 
 
-def path(args, seed, weights):
+def path(args, seed, weights, what):
     folder = args.out / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{weights}.json"
+    return folder / f"{weights}.{what}.json"
 
 
-def known(args, seed, weights):
-    file = path(args, seed, weights)
+def keep(args, seed, weights, what, found):
+    path(args, seed, weights, what).write_text(json.dumps({"budget": args.budget, **found}, indent=1))
+
+
+def known(args, seed, weights, what):
+    file = path(args, seed, weights, what)
     if not file.exists():
         return None
     found = json.loads(file.read_text())
@@ -144,28 +184,38 @@ def call(args, *words, capture=False):
 def report(args):
     summary = {}
     rows = [*args.methods, *BASELINES]
-    table = {row: [known(args, seed, row) for seed in range(1, args.seeds + 1)] for row in rows}
-    protocols = list(dict.fromkeys(name for cells in table.values() for cell in cells for name in cell["accuracy"]))
-    print(f"{'accuracy, %':<18}" + "".join(f"{name:^34}" for name in protocols))
-    for row, cells in table.items():
-        line = f"{row:<18}"
-        for name in protocols:
-            values = [100 * cell["accuracy"][name]["value"] for cell in cells if name in cell["accuracy"]]
-            if not values:
-                line += f"{'':<34}"
+    table = {row: [figures(args, seed, row) for seed in range(1, args.seeds + 1)] for row in rows}
+    names = list(dict.fromkeys(name for cells in table.values() for cell in cells for name in cell))
+    for name in names:
+        print(f"{name}, %")
+        for row, cells in table.items():
+            found = [cell[name] for cell in cells if name in cell]
+            if not found:
                 continue
+            values = [100 * one["value"] for one in found]
             mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-            shown = f"{mean:.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
-            line += f"{shown + '  (' + ', '.join(f'{value:.1f}' for value in values) + ')':<34}"
-            summary.setdefault(row, {})[name] = {"mean": mean, "sd": spread, "seeds": values}
-        print(line)
+            shown = f"{mean:5.1f}" + (f" ± {spread:.1f}" if spread is not None else "")
+            print(f"  {row:<18}{shown:<14}" + "".join(f"{interval(one):<22}" for one in found))
+            intervals = [[one["low"], one["high"]] for one in found]
+            summary.setdefault(row, {})[name] = {"mean": mean, "sd": spread, "seeds": values, "intervals": intervals}
     over = {
         row: {name: found["mean"] - summary["random"][name]["mean"] for name, found in of.items()}
         for row, of in summary.items()
         if row not in BASELINES
     }
-    print(f"{args.seeds} seed(s), one run each; budget {args.budget}")
-    print(json.dumps({"budget": args.budget, "seeds": args.seeds, "accuracy": summary, "points_over_random": over}))
+    print(f"mean ± standard deviation over {args.seeds} seed(s), then each seed's figure and its 95 % interval over slides; budget {args.budget}")
+    print(json.dumps({"budget": args.budget, "seeds": args.seeds, "figures": summary, "points_over_random": over}))
+
+
+def figures(args, seed, weights):
+    found = [known(args, seed, weights, column) for column in columns(args, weights)]
+    return {name: figure for one in found for name, figure in one["figures"].items()}
+
+
+def interval(figure):
+    if figure["low"] is None:
+        return f"{100 * figure['value']:.1f}"
+    return f"{100 * figure['value']:.1f} [{100 * figure['low']:.1f}, {100 * figure['high']:.1f}]"
 
 
 main()

@@ -1,4 +1,4 @@
-//! Evaluations that a run's configuration names, as a user has them: made behind the export, kept with the run, made again where missing.
+//! Evaluations and embeddings that a run's configuration names, as a user has them: made behind the export, kept with the run, made again where missing.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod support;
@@ -60,13 +60,17 @@ fn evaluations_are_made_behind_the_export_and_are_what_eval_finds() {
     let (folder, labelled) = (folder.path(), at(folder.path(), "labelled"));
     let named = format!(
         "- {{name: grain, dataset: '{labelled}', baselines: [random]}}\n\
-         - {{name: tuned, dataset: '{labelled}', protocol: [finetune], labels: [50], epochs: 2, trials: 2, seed: 3}}\n"
+         - {{name: tuned, dataset: '{labelled}', protocol: [finetune], labels: [50], epochs: 2, trials: 2, seed: 3}}\n\
+         embeddings:\n- {{name: atlas, dataset: '{unlabelled}', layout: both}}\n",
+        unlabelled = at(folder, "unlabelled")
     );
     let run = train(folder, "first", &named, &[]).success();
     let lines: Vec<Value> = run.stdout.lines().map(|line| serde_json::from_str(line).expect(line)).collect();
     let evaluated: Vec<&Value> =
         lines.iter().map(|line| &line["evaluated"]["evaluation"]).filter(|e| e.is_string()).collect();
     assert_eq!(evaluated, ["grain", "tuned"]);
+    let embedded = lines.iter().find_map(|line| line.get("embedded")).expect("nothing was embedded");
+    assert_eq!((&embedded["embedding"], &embedded["result"]["slides"]), (&"atlas".into(), &2.into()));
     assert_eq!(lines.last().unwrap()["ended"]["outcome"], "finished");
 
     let kept = evals(folder, "first");
@@ -94,12 +98,20 @@ fn evaluations_are_made_behind_the_export_and_are_what_eval_finds() {
         |name: &str| text.lines().find(|line| line.starts_with("evaluated") && line.contains(name)).unwrap_or(&text);
     assert!(row("first-grain").contains("knn-20 ") && row("first-grain").contains("linear "), "{text}");
     assert!(row("first-tuned").contains("finetune-50% "), "{text}");
+    let atlas = text.lines().find(|line| line.starts_with("embedded"));
+    assert!(
+        atlas.is_some_and(|line| line.contains("atlas: features of 18 patches of 2 slide(s), 512 numbers each")),
+        "{text}"
+    );
+    same_features(folder, &bucket);
 
     // What is there of these weights is not made again; what is asked for otherwise is, and what has come to be missing.
     std::fs::remove_file(folder.join("bucket/runs/first/eval/first-tuned.json")).unwrap();
     let made = kept["first-grain"]["time"].clone();
     let run = train(folder, "first", &named, &["--resume"]).success();
-    assert!(run.stderr.contains("evaluation grain is there"), "{}", run.stderr);
+    for words in ["evaluation grain is there", "embedding atlas is there"] {
+        assert!(run.stderr.contains(words), "{words:?} is not in {}", run.stderr);
+    }
     let again = evals(folder, "first");
     assert_eq!(again["first-grain"]["time"], made);
     assert_eq!(figures(&again["first-tuned"]), figures(&kept["first-tuned"]));
@@ -108,6 +120,42 @@ fn evaluations_are_made_behind_the_export_and_are_what_eval_finds() {
     let _ = call(folder, &["report", "first", "--bucket", &bucket, "--out", &page]).success();
     let page = std::fs::read_to_string(page).unwrap();
     assert!(page.contains("first (grain)") && page.contains("random (grain)"), "the report does not name them");
+}
+
+/// An embedding's features are, byte for byte, those that `embed` writes; HDF5 files name their folder besides.
+fn same_features(folder: &Path, bucket: &str) {
+    let typed = at(folder, "typed");
+    let words = [
+        "embed",
+        &at(folder, "unlabelled"),
+        "--weights",
+        "first",
+        "--bucket",
+        bucket,
+        "--to",
+        &typed,
+        "--layout",
+        "both",
+    ];
+    let _ = call(folder, &words).success();
+    let exports = std::fs::read_dir(folder.join("bucket/runs/first/features")).unwrap();
+    let commits: Vec<_> = exports.map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(commits.len(), 1, "{commits:?}");
+    let mut compared = 0;
+    for layout in ["features_first", "h5_files", "pt_files"] {
+        for file in std::fs::read_dir(Path::new(&typed).join(layout)).unwrap() {
+            let file = file.unwrap();
+            let kept = commits[0].join("atlas").join(layout).join(file.file_name());
+            let [kept_bytes, typed_bytes] = [&kept, &file.path()].map(|path| std::fs::read(path).unwrap());
+            assert!(
+                !kept_bytes.is_empty() && (layout != "pt_files" || kept_bytes == typed_bytes),
+                "{}",
+                kept.display()
+            );
+            compared += 1;
+        }
+    }
+    assert_eq!(compared, 6, "two slides in three files each");
 }
 
 #[test]
@@ -125,7 +173,7 @@ fn an_evaluation_that_fails_is_named_and_the_run_is_whole() {
     let run = train(folder, "second", &named, &[]);
     assert_eq!(run.code, Some(65), "{}", run.stderr);
     for words in
-        ["evaluation torn: ", "00000.tar", "finished and exported, but not evaluated: torn", "sgclctl resume second"]
+        ["evaluation torn: ", "00000.tar", "finished and exported, but not made: torn", "sgclctl resume second"]
     {
         assert!(run.stderr.contains(words), "{words:?} is not in {}", run.stderr);
     }
@@ -151,6 +199,14 @@ fn evaluations_that_cannot_be_are_configuration_errors_before_anything_is_traine
         ("- {name: a}\n".to_owned(), "evaluations[0].dataset is missing"),
         (format!("- {{name: a, dataset: '{labelled}', labels: [0]}}\n"), "labels 0"),
         (format!("- {{name: a, dataset: '{labelled}', protocol: [svm]}}\n"), "svm"),
+        (
+            format!("- {{name: a, dataset: '{labelled}'}}\nembeddings:\n- {{name: a, dataset: '{unlabelled}'}}\n"),
+            "embeddings[0].name \"a\" is that of another",
+        ),
+        (
+            format!("- {{name: a, dataset: '{labelled}'}}\nembeddings:\n- {{name: b, dataset: '{missing}'}}\n"),
+            "embeddings[0].dataset",
+        ),
     ] {
         let run = train(folder, "third", &named, &[]);
         assert_eq!(run.code, Some(78), "{named}: {}", run.stderr);

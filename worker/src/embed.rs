@@ -5,6 +5,7 @@
 //! each that is written, complete already (`"resumed": true`) or left out (`"skipped": reason`).
 
 mod encoder;
+pub(crate) mod named;
 mod source;
 
 use std::collections::BTreeMap;

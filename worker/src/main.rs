@@ -1,5 +1,5 @@
 //! `sgcl-worker`: what runs on a node. `node` supervises and calls no torch, `rank` trains, `eval`, `evaluation` and `segmentation` evaluate
-//! encoders, `embed` writes features of slides.
+//! encoders, `embed` and `embedding` write features of slides.
 
 mod dial;
 mod embed;
@@ -42,6 +42,8 @@ enum Command {
     Segmentation(eval::segmentation::SegmentationArgs),
     /// Write features of slides in TRIDENT's and CLAM's layouts; JSON lines on standard output
     Embed(embed::EmbedArgs),
+    /// Make an embedding that a run's configuration names and keep it with the run; JSON lines on standard output
+    Embedding(embed::named::EmbeddingArgs),
     /// Train as one rank of a world without coordinator, metrics and commits; seconds of each step's end on standard output
     #[command(hide = true)]
     Bare(rank::bare::BareArgs),
@@ -87,6 +89,10 @@ fn run(runtime: &Runtime, command: Command) -> Result<ExitCode> {
         }
         Command::Embed(args) => {
             embed::main(runtime.handle(), &args, printed())?;
+            Ok(ExitCode::from(exit::DONE))
+        }
+        Command::Embedding(args) => {
+            embed::named::main(runtime.handle(), &args, printed())?;
             Ok(ExitCode::from(exit::DONE))
         }
         Command::Bare(args) => {

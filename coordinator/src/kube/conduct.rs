@@ -14,7 +14,7 @@ use kube::{Api, Client, Resource, ResourceExt};
 use serde_json::json;
 use sgcl_proto::WAITING_FOR_STORAGE;
 use sgcl_runstore::status;
-use sgcl_runstore::{Commits, Order, Orders};
+use sgcl_runstore::{Commits, FollowUp, Order, Orders};
 use sgcl_telemetry::Traceparent;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
@@ -268,7 +268,7 @@ impl Conductor {
             }
             _ => {}
         }
-        let evaluations = to_come(&prepared.spec.config.evaluations);
+        let evaluations = to_come(&FollowUp::all(&prepared.spec.config));
         let training = before == status::Phase::Running;
         if let Some(queue) = plan.pods.queue.as_ref().filter(|_| !training)
             && let Some(message) = queue::missing(&self.shared.client, &self.shared.namespace, queue).await
@@ -459,7 +459,8 @@ impl Conductor {
         let mut serving = AbortOnDropHandle::new(tokio::spawn(serving.in_current_span()));
         let (mut watching, mut changes, mut began) = (true, 0, None);
         let mut give_up = None;
-        let mut pending = false;
+        // What waited for nodes says so no longer.
+        let mut pending = true;
         loop {
             tokio::select! {
                 outcome = &mut serving => {

@@ -1,5 +1,5 @@
-//! What comes after a run: the evaluations that its configuration names, one Job each. Their figures lie in the bucket, and a line of them
-//! in the run's status. Watches alone, no polling; what a leader leaves behind, the next one goes on with.
+//! What comes after a run: the evaluations and embeddings that its configuration names, one Job each. What they find lies in the bucket, and
+//! a line of it in the run's status. Watches alone, no polling; what a leader leaves behind, the next one goes on with.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,8 +15,7 @@ use kube::runtime::watcher::Event;
 use kube::runtime::{WatchStreamExt, reflector, watcher};
 use kube::{Api, ResourceExt};
 use sgcl_patchset::Store;
-use sgcl_runstore::config::Evaluation;
-use sgcl_runstore::{RunName, export, status};
+use sgcl_runstore::{FollowUp, RunName, export, follow_up};
 use tokio::sync::watch;
 use tokio::time::sleep_until;
 
@@ -60,7 +59,7 @@ pub struct Evaluations<'a> {
     /// What it traces and logs with.
     pub handed: HandedOn,
     /// What is to be made.
-    pub wanted: &'a [Evaluation],
+    pub wanted: &'a [FollowUp],
 }
 
 /// What is known while they are made.
@@ -154,11 +153,11 @@ impl Evaluations<'_> {
             list = given_up(&list, "the run has no export");
             return Ok(Book { commit: 0, list, again, stale: BTreeSet::new(), asked: BTreeMap::new() });
         };
-        let kept = status::read_evals(self.store).await?;
-        for (index, (one, wanted)) in list.iter_mut().zip(self.wanted).enumerate() {
+        let mut made = follow_up::made(self.wanted, self.run, self.store, commit).await?;
+        for (index, one) in list.iter_mut().enumerate() {
             let known = before.iter().find(|known| known.name == one.name && known.phase.is_over());
-            match (wanted.made(self.run, commit, &kept), known) {
-                (Some(result), _) => one.done(result),
+            match (made.remove(&one.name), known) {
+                (Some(figures), _) => one.done(figures),
                 (None, Some(known)) if !afresh => one.clone_from(known),
                 (None, Some(_)) => drop(again.insert(index)),
                 (None, None) => {}
@@ -176,11 +175,11 @@ impl Evaluations<'_> {
             if one.phase.is_over() {
                 continue;
             }
-            let name = name(self.run.as_str(), index);
+            let name = name(self.run.as_str(), index, wanted.into());
             let ours = EvaluationJob {
                 run: self.run.as_str(),
                 index,
-                evaluation: wanted,
+                wanted,
                 bucket: self.bucket,
                 owner: self.owner,
                 needs: self.needs,
@@ -220,10 +219,14 @@ impl Evaluations<'_> {
             match phase {
                 EvaluationPhase::Waiting | EvaluationPhase::Running => (one.phase, one.message) = (phase, message),
                 EvaluationPhase::Done => {
-                    let kept = status::read_evals(self.store).await?;
-                    match wanted.made(self.run, book.commit, &kept) {
-                        Some(result) => one.done(result),
-                        None => one.failed(self.remedy("it ended well, but the bucket has no results of it", &name)),
+                    let just = std::slice::from_ref(wanted);
+                    match follow_up::made(just, self.run, self.store, book.commit).await?.remove(wanted.name()) {
+                        Some(figures) => one.done(figures),
+                        None => {
+                            one.failed(
+                                self.remedy("it ended well, but the bucket has no results of it", wanted.name()),
+                            );
+                        }
                     }
                 }
                 EvaluationPhase::Failed => {
@@ -232,7 +235,7 @@ impl Evaluations<'_> {
                         // The watch over pods may be behind.
                         None => self.said(job).await?.or(message).unwrap_or_else(|| "no reason was given".to_owned()),
                     };
-                    one.failed(self.remedy(&why, &name));
+                    one.failed(self.remedy(&why, wanted.name()));
                 }
             }
         }
@@ -240,10 +243,10 @@ impl Evaluations<'_> {
     }
 
     /// What to do about one that failed.
-    fn remedy(&self, why: &str, job: &str) -> String {
-        let (run, namespace) = (self.run, self.jobs.namespace().unwrap_or_default());
+    fn remedy(&self, why: &str, name: &str) -> String {
+        let run = self.run;
         format!(
-            "{why}; `kubectl -n {namespace} logs job/{job}` says more; once that is mended, `sgclctl suspend {run}` and \
+            "{why}; `sgclctl logs {run} --of {name}` says more; once that is mended, `sgclctl suspend {run}` and \
              `sgclctl resume {run}` have it made again"
         )
     }

@@ -1,17 +1,16 @@
-//! One evaluation of a finished run: its Job, and what Job and pods say of it. No input or output.
+//! One evaluation or embedding of a finished run: its Job, and what Job and pods say of it. No input or output.
 
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::ResourceExt;
-use serde_json::{Value, json};
-use sgcl_runstore::config::Evaluation;
-use sgcl_runstore::evals;
+use serde_json::json;
+use sgcl_runstore::FollowUp;
 
 use super::job::{self, CONTAINER, HOPELESS, HandedOn, Parts};
 use super::plan::PodNeeds;
 use super::pods::{container, waits};
-use super::resource::{EvaluationPhase, EvaluationStatus, Phase, SgclRunStatus};
+use super::resource::{EvaluationKind, EvaluationPhase, EvaluationStatus, Phase, SgclRunStatus};
 use super::{EVALUATES_LABEL, MANAGER};
 
 /// A pod that fails is made anew so often: what fails thrice fails for a reason.
@@ -27,8 +26,13 @@ pub fn outstanding(status: &SgclRunStatus) -> bool {
 
 /// All of them, none begun.
 #[must_use]
-pub fn to_come(evaluations: &[Evaluation]) -> Vec<EvaluationStatus> {
-    evaluations.iter().map(|one| EvaluationStatus { name: one.name.clone(), ..EvaluationStatus::default() }).collect()
+pub fn to_come(wanted: &[FollowUp]) -> Vec<EvaluationStatus> {
+    let begun = |one: &FollowUp| EvaluationStatus {
+        name: one.name().to_owned(),
+        kind: one.into(),
+        ..EvaluationStatus::default()
+    };
+    wanted.iter().map(begun).collect()
 }
 
 /// Those that are not over come to wait, for this reason.
@@ -50,10 +54,9 @@ pub fn given_up(known: &[EvaluationStatus], why: &str) -> Vec<EvaluationStatus> 
 }
 
 impl EvaluationStatus {
-    /// It is made; `result` is that of the run's own weights.
-    pub fn done(&mut self, result: &Value) {
-        (self.phase, self.message) = (EvaluationPhase::Done, None);
-        self.figures = Some(evals::accuracies(result));
+    /// It is made; `figures` are what came of it, in a line.
+    pub fn done(&mut self, figures: String) {
+        (self.phase, self.message, self.figures) = (EvaluationPhase::Done, None, Some(figures));
     }
 
     /// It is given up, for this reason.
@@ -62,21 +65,34 @@ impl EvaluationStatus {
     }
 }
 
-/// Name of an evaluation's Job.
-#[must_use]
-pub fn name(run: &str, index: usize) -> String {
-    format!("{run}-eval-{index}")
+impl From<&FollowUp> for EvaluationKind {
+    fn from(one: &FollowUp) -> Self {
+        match one {
+            FollowUp::Evaluation(_) => Self::Evaluation,
+            FollowUp::Embedding(_) => Self::Embedding,
+        }
+    }
 }
 
-/// An evaluation to be made, on one GPU.
+/// Name of its Job; `index` is its place among all that follows the run.
+#[must_use]
+pub fn name(run: &str, index: usize, kind: EvaluationKind) -> String {
+    let word = match kind {
+        EvaluationKind::Evaluation => "eval",
+        EvaluationKind::Embedding => "embed",
+    };
+    format!("{run}-{word}-{index}")
+}
+
+/// An evaluation or embedding to be made, on one GPU.
 #[derive(Clone, Debug)]
 pub struct EvaluationJob<'a> {
     /// Name of the run.
     pub run: &'a str,
-    /// Its place among the run's evaluations.
+    /// Its place among all that follows the run.
     pub index: usize,
     /// What it is.
-    pub evaluation: &'a Evaluation,
+    pub wanted: &'a FollowUp,
     /// The bucket's URL.
     pub bucket: &'a str,
     /// The object that it goes with.
@@ -94,20 +110,20 @@ impl EvaluationJob<'_> {
     /// Something in the run's spec is not what Kubernetes takes.
     pub fn build(&self) -> Result<Job, serde_json::Error> {
         let labels = json!({
-            "app.kubernetes.io/name": "sgcl-evaluation",
+            "app.kubernetes.io/name": format!("sgcl-{}", self.wanted.kind()),
             "app.kubernetes.io/managed-by": MANAGER,
             EVALUATES_LABEL: self.run,
         });
         // $(NAME) in an argument is a variable's value, $$ is a dollar.
-        let evaluation = serde_json::to_string(self.evaluation)?.replace('$', "$$");
-        let args = json!(["evaluation", "--run", self.run, "--bucket", self.bucket, "--evaluation", evaluation]);
+        let words = self.wanted.words(self.run, self.bucket)?;
+        let args = json!(words.iter().map(|word| word.replace('$', "$$")).collect::<Vec<_>>());
         // A pod that was taken away has not failed; what is the user's to mend would fail again.
         let failures = json!({ "rules": [
             { "action": "Ignore", "onPodConditions": [{ "type": "DisruptionTarget", "status": "True" }] },
             { "action": "FailJob", "onExitCodes": { "containerName": CONTAINER, "operator": "In", "values": HOPELESS } },
         ] });
         let parts = Parts {
-            name: &name(self.run, self.index),
+            name: &name(self.run, self.index, self.wanted.into()),
             labels,
             owner: self.owner,
             retries: RETRIES,
@@ -181,6 +197,9 @@ pub fn said(pods: &[&Pod]) -> Option<String> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use serde_json::Value;
+    use sgcl_runstore::config::{Embedding, Evaluation};
+
     use super::*;
     use crate::kube::defaults::Defaults;
     use crate::kube::plan::Plan;
@@ -191,7 +210,8 @@ mod tests {
         Evaluation { name: "grain".into(), dataset: dataset.into(), ..Evaluation::default() }
     }
 
-    fn built(evaluation: &Evaluation) -> Job {
+    fn built(wanted: impl Into<FollowUp>) -> Job {
+        let wanted = &wanted.into();
         let defaults = Defaults {
             bucket: Some("s3://lab/runs".into()),
             dataset: Some("s3://lab/patches".into()),
@@ -210,13 +230,11 @@ mod tests {
         let owner = OwnerReference { name: "first".into(), uid: "u".into(), ..OwnerReference::default() };
         let handed = HandedOn::default();
         let (bucket, needs) = (plan.bucket.as_str(), &plan.pods);
-        EvaluationJob { run: "first", index: 1, evaluation, bucket, owner: &owner, needs, handed: &handed }
-            .build()
-            .unwrap()
+        EvaluationJob { run: "first", index: 1, wanted, bucket, owner: &owner, needs, handed: &handed }.build().unwrap()
     }
 
     fn job(status: Value) -> Job {
-        let mut job = built(&evaluation("s3://lab/labelled"));
+        let mut job = built(evaluation("s3://lab/labelled"));
         job.status = serde_json::from_value(status).unwrap();
         job
     }
@@ -234,7 +252,7 @@ mod tests {
 
     #[test]
     fn its_job_is_no_node_of_the_run_and_takes_one_gpu_beside_what_nodes_take() {
-        let job = serde_json::to_value(built(&evaluation("s3://lab/labelled"))).unwrap();
+        let job = serde_json::to_value(built(evaluation("s3://lab/labelled"))).unwrap();
         assert_eq!(job["metadata"]["name"], "first-eval-1");
         assert_eq!(job["metadata"]["ownerReferences"][0]["uid"], "u");
         assert_eq!(job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"], "lab");
@@ -266,7 +284,7 @@ mod tests {
     #[test]
     fn its_worker_is_told_all_of_the_evaluation() {
         let wanted = Evaluation { labels: vec![1.0, 12.5], epochs: Some(3), ..evaluation("s3://lab/$(HOME)/$x") };
-        let built = built(&wanted);
+        let built = built(wanted.clone());
         let args = built.spec.unwrap().template.spec.unwrap().containers[0].args.clone().unwrap();
         assert_eq!(args[..6], ["evaluation", "--run", "first", "--bucket", "s3://lab/runs", "--evaluation"]);
         assert!(!args[6].replace("$$", "").contains('$'), "Kubernetes would put a variable there: {}", args[6]);
@@ -274,10 +292,24 @@ mod tests {
     }
 
     #[test]
+    fn an_embeddings_job_is_like_an_evaluations_but_for_its_name_and_what_its_worker_does() {
+        let atlas = Embedding { name: "atlas".into(), dataset: "s3://lab/$atlas".into(), ..Embedding::default() };
+        let job = built(FollowUp::Embedding(atlas.clone()));
+        assert_eq!(job.name_any(), "first-embed-1");
+        assert_eq!(
+            (&job.labels()[EVALUATES_LABEL], &job.labels()["app.kubernetes.io/name"]),
+            (&"first".into(), &"sgcl-embedding".into())
+        );
+        let args = job.spec.unwrap().template.spec.unwrap().containers[0].args.clone().unwrap();
+        assert_eq!(args[0], "embedding");
+        assert_eq!(args[6].replace("$$", "$").parse::<Embedding>().unwrap(), atlas);
+    }
+
+    #[test]
     fn a_job_of_another_evaluation_is_told_from_it() {
-        let ours = built(&evaluation("s3://lab/labelled"));
+        let ours = built(evaluation("s3://lab/labelled"));
         assert!(same(&ours, &job(json!({ "active": 1 }))));
-        assert!(!same(&ours, &built(&evaluation("s3://lab/others"))));
+        assert!(!same(&ours, &built(evaluation("s3://lab/others"))));
     }
 
     #[test]
@@ -320,14 +352,15 @@ mod tests {
 
     #[test]
     fn what_is_over_is_not_put_off_and_what_is_not_keeps_a_finished_run_busy() {
-        let mut list = to_come(&[evaluation("s3://a"), Evaluation { name: "tumour".into(), ..evaluation("s3://b") }]);
-        let accuracy = |value: f64| json!({ "accuracy": { "value": value } });
-        let mut result = json!({ "protocols": [accuracy(0.5241), accuracy(0.645)] });
-        for (at, name) in ["knn-20", "linear"].into_iter().enumerate() {
-            result["protocols"][at]["protocol"] = json!(name);
-        }
-        list[0].done(&result);
-        assert_eq!(list[0].figures.as_deref(), Some("knn-20 52.4%, linear 64.5%"));
+        let mut list = to_come(&[
+            FollowUp::Evaluation(evaluation("s3://a")),
+            FollowUp::Embedding(Embedding { name: "atlas".into(), ..Embedding::default() }),
+        ]);
+        assert_eq!(
+            list.iter().map(|one| one.kind).collect::<Vec<_>>(),
+            [EvaluationKind::Evaluation, EvaluationKind::Embedding]
+        );
+        list[0].done("knn-20 52.4%, linear 64.5%".to_owned());
         let after = put_off(&list, Some("the bucket does not answer"));
         assert_eq!((&after[0], after[1].message.as_deref()), (&list[0], Some("the bucket does not answer")));
         let mut status = SgclRunStatus { phase: Phase::Finished, evaluations: after, ..SgclRunStatus::default() };

@@ -14,7 +14,7 @@
 //! | [`lease`] | one leader of several replicas |
 //! | [`controller`] | from objects to running coordinators |
 //! | [`conduct`] | one run, from its spec in the bucket to its end |
-//! | [`evaluate`] | what comes after a run: the evaluations that its configuration names |
+//! | [`evaluate`] | what comes after a run: the evaluations and embeddings that its configuration names |
 //! | [`evaluation`] | one of them: its Job, and what that says |
 //! | [`gang`] | which of several waiting runs gives way |
 //! | [`trace`] | the trace of a run, which its pods go on with |

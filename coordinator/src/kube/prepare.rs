@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Result;
 use jiff::Timestamp;
 use sgcl_patchset::{PatchSet, Store, StoreError};
-use sgcl_runstore::{ConfigError, LabelledSetError, RunConfig, RunStoreError, Spec, find_labelled_sets};
+use sgcl_runstore::{ConfigError, NamedSetError, RunConfig, RunStoreError, Spec, find_named_sets};
 
 use super::plan::Plan;
 
@@ -119,9 +119,9 @@ async fn create(plan: &Plan, uid: &str, store: &Store) -> Result<Spec, Refusal> 
     let id = set.manifest().content_id.clone();
     let (nodes, ranks, least) = (plan.nodes, plan.ranks_per_node, plan.min_nodes);
     let mut config = plan.config.clone();
-    match find_labelled_sets(&mut config, &id, |url| open(plan, url)).await {
+    match find_named_sets(&mut config, &id, |url| open(plan, url)).await {
         Ok(()) => {}
-        Err(LabelledSetError::Store(error)) => return Err(refused("labelled set", error)),
+        Err(NamedSetError::Store(error)) => return Err(refused("a named patch set", error)),
         Err(error) => return Err(Refusal::Mend(error.to_string())),
     }
     let mut spec = Spec::new(plan.run.clone(), set.store().url(), id, nodes, ranks, least, config, Timestamp::now());

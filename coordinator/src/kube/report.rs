@@ -13,7 +13,7 @@ use sgcl_runstore::metrics::PROBE;
 use tokio::time::Instant;
 
 use super::MANAGER;
-use super::resource::{EvaluationPhase, EvaluationStatus, Phase, SgclRun, SgclRunStatus};
+use super::resource::{EvaluationKind, EvaluationPhase, EvaluationStatus, Phase, SgclRun, SgclRunStatus};
 use crate::machine::Change;
 use crate::metrics::Measure;
 use crate::view::RunView;
@@ -44,7 +44,7 @@ pub struct Facts {
     pub url: Option<String>,
     /// The leader's term.
     pub lease_epoch: u64,
-    /// Evaluations of the finished run; none says nothing new of them.
+    /// Evaluations and embeddings of the finished run; none says nothing new of them.
     pub evaluations: Option<Vec<EvaluationStatus>>,
     /// Time since this coordinator began to train, and the share done then.
     pub pace: Option<(Duration, f64)>,
@@ -180,10 +180,14 @@ pub fn evaluated(before: &[EvaluationStatus], now: &[EvaluationStatus]) -> Vec<(
     now.iter()
         .filter(told)
         .map(|one| {
-            let (bad, reason, said) = match one.phase {
-                EvaluationPhase::Done => (false, "Evaluated", &one.figures),
-                _ => (true, "EvaluationFailed", &one.message),
+            let bad = one.phase != EvaluationPhase::Done;
+            let reason = match (one.kind, bad) {
+                (EvaluationKind::Evaluation, false) => "Evaluated",
+                (EvaluationKind::Evaluation, true) => "EvaluationFailed",
+                (EvaluationKind::Embedding, false) => "Embedded",
+                (EvaluationKind::Embedding, true) => "EmbeddingFailed",
             };
+            let said = if bad { &one.message } else { &one.figures };
             (bad, reason, format!("{}: {}", one.name, said.as_deref().unwrap_or_default()))
         })
         .collect()
@@ -441,6 +445,9 @@ mod tests {
             [(false, "Evaluated", "grain: linear 64.5%".into()), (true, "EvaluationFailed", "tumour: torn".into())];
         assert_eq!(events, wanted);
         assert_eq!(evaluated(&ended.evaluations, &ended.evaluations), [], "told once");
+        let mut atlas = one("atlas", EvaluationPhase::Done);
+        (atlas.kind, atlas.figures) = (EvaluationKind::Embedding, Some("features".into()));
+        assert_eq!(evaluated(&[], &[atlas]), [(false, "Embedded", "atlas: features".into())]);
         let all = told(&ended, &list[..1]);
         assert_eq!(condition(&all), is("True", "Done", ""));
         let later = status(&all, at(20), &Facts { phase: Phase::Finished, ..Facts::default() });

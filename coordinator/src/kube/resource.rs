@@ -232,18 +232,31 @@ impl std::fmt::Display for EvaluationPhase {
     }
 }
 
-/// What came of an evaluation that the configuration names.
+/// What is made of a run's weights.
+#[derive(JsonSchema, Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EvaluationKind {
+    /// Figures on a labelled patch set.
+    #[default]
+    Evaluation,
+    /// Features of a patch set.
+    Embedding,
+}
+
+/// What came of an evaluation or an embedding that the configuration names.
 #[derive(JsonSchema, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct EvaluationStatus {
     /// Its name in the configuration.
     pub name: String,
+    /// Which of the two.
+    #[serde(default)]
+    pub kind: EvaluationKind,
     /// How it stands.
     pub phase: EvaluationPhase,
     /// Why, and what to do where something is to be done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
-    /// Accuracies of the run's weights in a line; the bucket has all figures.
+    /// Accuracies of the run's weights, or how many features there are, in a line; the bucket has all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub figures: Option<String>,
 }
@@ -295,7 +308,7 @@ pub struct SgclRunStatus {
     /// Accuracy of the newest online probe, in percent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub probe: Option<String>,
-    /// Evaluations that the configuration names, once the run is finished.
+    /// Evaluations and embeddings that the configuration names, once the run is finished.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub evaluations: Vec<EvaluationStatus>,
     /// The run's part of the bucket.
@@ -308,7 +321,7 @@ pub struct SgclRunStatus {
     /// The spec's generation that this speaks of.
     #[serde(default)]
     pub observed_generation: i64,
-    /// Admitted, Training, Finished; Evaluated where the configuration names evaluations.
+    /// Admitted, Training, Finished; Evaluated where the configuration names evaluations or embeddings.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(with = "Vec<ConditionSchema>")]
     pub conditions: Vec<Condition>,

@@ -5,6 +5,7 @@
 
 mod auto;
 mod check;
+mod embedding;
 mod evaluation;
 mod load;
 mod method;
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use auto::AutoOr;
 pub use check::Split;
+pub use embedding::{Embedding, Layout as FeatureLayout};
 pub use evaluation::{Baseline, Evaluation, Protocol as EvalProtocol, Recipe as EvalRecipe};
 pub use load::{ConfigError, nearest};
 pub use method::Method;
@@ -156,6 +158,8 @@ pub struct RunConfig {
     pub probe: Probe,
     /// What the weights are evaluated on once they are exported.
     pub evaluations: Vec<Evaluation>,
+    /// Patch sets whose features are computed with the weights once they are exported.
+    pub embeddings: Vec<Embedding>,
 }
 
 impl Default for RunConfig {
@@ -183,6 +187,7 @@ impl Default for RunConfig {
             data: Data::default(),
             probe: Probe::default(),
             evaluations: Vec::new(),
+            embeddings: Vec::new(),
         }
     }
 }

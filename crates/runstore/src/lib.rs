@@ -10,6 +10,7 @@
 //! | `exports/<seq>/…` | [`export`] |
 //! | `events/<seq>.json` | [`status`] |
 //! | `eval/<name>.json` | [`evals`], [`status`] |
+//! | `embeddings/<commit>/<name>.json`, `features/<commit>/<name>/…` | [`follow_up`], [`features`] |
 //! | `leases/<epoch>.json` | [`lease`] |
 //! | `orders/<seq>.json` | [`orders`] |
 //!
@@ -24,6 +25,7 @@ mod error;
 pub mod evals;
 pub mod export;
 pub mod features;
+pub mod follow_up;
 pub mod lease;
 pub mod ledger;
 pub mod metrics;
@@ -38,11 +40,12 @@ pub use checkpoint::{Dtype, PartKind, PartRef, PartWriter, Tensor};
 pub use commit::{Commit, Commits, Intact, Progress, Segment};
 pub use config::{ConfigError, RunConfig};
 pub use error::RunStoreError;
+pub use follow_up::FollowUp;
 pub use lease::Lease;
 pub use ledger::Ledger;
 pub use metrics::{MetricsWriter, StepMetrics, read_metrics};
 pub use orders::{Order, Orders};
-pub use probe::{LabelledSetError, ProbeSet, find_labelled_sets};
+pub use probe::{NamedSetError, ProbeSet, find_named_sets};
 pub use record::{FORMAT_VERSION, new_write_id};
 pub use spec::{RunName, Spec};
 pub use status::{EventKind, Events, Phase, RunStatus, list_runs};

@@ -1,4 +1,5 @@
-//! Labelled sets that a run's configuration names, for its probe and its evaluations: found and checked before the run begins.
+//! Patch sets that a run's configuration names beside its data, for its probe, evaluations and embeddings: found and checked before the run
+//! begins.
 
 use sgcl_patchset::split::{self, SplitFileError, TEST_FRACTION};
 use sgcl_patchset::{IndexError, Labelled, ManifestError, OpenError, PatchSet, Store, StoreError};
@@ -7,10 +8,10 @@ use crate::config::{ConfigError, RunConfig};
 
 const KEY: &str = "probe.dataset";
 
-/// A labelled set that a configuration names and that cannot be used.
+/// A patch set that a configuration names and that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum LabelledSetError {
+pub enum NamedSetError {
     /// It is missing or unfit.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -19,45 +20,62 @@ pub enum LabelledSetError {
     Store(#[from] StoreError),
 }
 
-/// The labelled set at `url`, which the configuration names under `key`.
+fn unfit(key: &str, url: &str, reason: impl Into<String>) -> ConfigError {
+    ConfigError::NamedSet { key: key.to_owned(), url: url.to_owned(), reason: reason.into() }
+}
+
+/// The patch set at `url`, which the configuration names under `key`.
+async fn named(
+    key: &str,
+    url: &str,
+    open: impl FnOnce(&str) -> Result<Store, StoreError>,
+) -> Result<PatchSet, NamedSetError> {
+    let wrong = |reason: String| unfit(key, url, reason);
+    let storage = |error: StoreError| match error {
+        StoreError::BadUrl { .. } | StoreError::NoBucket { .. } => wrong(error.to_string()).into(),
+        error => NamedSetError::from(error),
+    };
+    PatchSet::load(open(url).map_err(storage)?).await.map_err(|error| match error {
+        OpenError::Manifest(ManifestError::Store(e)) | OpenError::Index(IndexError::Store(e)) => storage(e),
+        OpenError::Store(e) => storage(e),
+        error => wrong(error.to_string()).into(),
+    })
+}
+
+/// The same of one that must have labels.
 async fn labelled(
     key: &str,
     url: &str,
     open: impl FnOnce(&str) -> Result<Store, StoreError>,
-) -> Result<PatchSet, LabelledSetError> {
-    let wrong = |reason: String| ConfigError::LabelledSet { key: key.to_owned(), url: url.to_owned(), reason };
-    let storage = |error: StoreError| match error {
-        StoreError::BadUrl { .. } | StoreError::NoBucket { .. } => wrong(error.to_string()).into(),
-        error => LabelledSetError::from(error),
-    };
-    let set = PatchSet::load(open(url).map_err(storage)?).await.map_err(|error| match error {
-        OpenError::Manifest(ManifestError::Store(e)) | OpenError::Index(IndexError::Store(e)) => storage(e),
-        OpenError::Store(e) => storage(e),
-        error => wrong(error.to_string()).into(),
-    })?;
+) -> Result<PatchSet, NamedSetError> {
+    let set = named(key, url, open).await?;
     if !set.index().is_labelled() {
         let reason = "no patch has a label; name a set of class folders, or of slides with label maps beside them";
-        return Err(wrong(reason.to_owned()).into());
+        return Err(unfit(key, url, reason).into());
     }
     Ok(set)
 }
 
-/// Finds the labelled sets that `config` names, checks each, and puts its full URL in its place; `data` is the content id of the set that is
+/// Finds the patch sets that `config` names, checks each, and puts its full URL in its place; `data` is the content id of the set that is
 /// trained on.
 ///
 /// # Errors
-/// [`ConfigError::LabelledSet`] of the first that cannot be used; storage.
-pub async fn find_labelled_sets(
+/// [`ConfigError::NamedSet`] of the first that cannot be used; storage.
+pub async fn find_named_sets(
     config: &mut RunConfig,
     data: &str,
     open: impl Fn(&str) -> Result<Store, StoreError>,
-) -> Result<(), LabelledSetError> {
+) -> Result<(), NamedSetError> {
     if let Some(probe) = ProbeSet::open(config, data, &open).await? {
         config.probe.dataset = Some(probe.set.store().url().to_owned());
     }
     for (at, evaluation) in config.evaluations.iter_mut().enumerate() {
         let key = format!("evaluations[{at}].dataset");
         evaluation.dataset = labelled(&key, &evaluation.dataset, &open).await?.store().url().to_owned();
+    }
+    for (at, embedding) in config.embeddings.iter_mut().enumerate() {
+        let key = format!("embeddings[{at}].dataset");
+        embedding.dataset = named(&key, &embedding.dataset, &open).await?.store().url().to_owned();
     }
     Ok(())
 }
@@ -75,16 +93,16 @@ impl ProbeSet {
     /// The set that `config` names, if it names one; `data` is the content id of the set that is trained on.
     ///
     /// # Errors
-    /// [`ConfigError::LabelledSet`] where there is no such set, where it has no labels or too many labelled patches, or where its split leaves
+    /// [`ConfigError::NamedSet`] where there is no such set, where it has no labels or too many labelled patches, or where its split leaves
     /// too little to learn from or nothing to test on; storage.
     pub async fn open(
         config: &RunConfig,
         data: &str,
         open: impl FnOnce(&str) -> Result<Store, StoreError>,
-    ) -> Result<Option<Self>, LabelledSetError> {
+    ) -> Result<Option<Self>, NamedSetError> {
         let Some(url) = &config.probe.dataset else { return Ok(None) };
         let set = labelled(KEY, url, open).await?;
-        let wrong = |reason: String| ConfigError::LabelledSet { key: KEY.to_owned(), url: url.clone(), reason };
+        let wrong = |reason: String| ConfigError::NamedSet { key: KEY.to_owned(), url: url.clone(), reason };
         let (manifest, index) = (set.manifest(), set.index());
         let probe = &config.probe;
         let names: Vec<&str> = manifest.slides.iter().map(|slide| slide.name.as_str()).collect();

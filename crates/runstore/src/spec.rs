@@ -12,8 +12,17 @@ use crate::{ConfigError, RunStoreError};
 const SPEC: &str = "spec.json";
 
 /// Configuration sections that change how a run is carried out, never what it computes: they may differ on resume.
-const ELASTIC: [&str; 8] =
-    ["device", "loader", "checkpoint", "step_timeout_s", "startup_timeout_s", "max_restarts", "probe", "evaluations"];
+const ELASTIC: [&str; 9] = [
+    "device",
+    "loader",
+    "checkpoint",
+    "step_timeout_s",
+    "startup_timeout_s",
+    "max_restarts",
+    "probe",
+    "evaluations",
+    "embeddings",
+];
 
 /// Name of a run: also a Kubernetes object and a folder, so a DNS label with room for suffixes.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

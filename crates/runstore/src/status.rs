@@ -10,6 +10,7 @@ use serde_json::Value;
 use sgcl_patchset::Store;
 
 use crate::export::list_exports;
+use crate::follow_up::{self, Embedded};
 use crate::metrics::{PROBE, StepMetrics, read_metrics};
 use crate::record::MAX_RECORD_BYTES;
 use crate::{Commits, RunName, RunStoreError, Spec};
@@ -114,6 +115,8 @@ pub struct RunStatus {
     pub exports: Vec<u64>,
     /// Probe results by name, as written.
     pub evals: BTreeMap<String, Value>,
+    /// Features of patch sets with the newest export, by name.
+    pub embeddings: BTreeMap<String, Embedded>,
 }
 
 impl RunStatus {
@@ -128,6 +131,10 @@ impl RunStatus {
         let events = Events::new(run_store).read().await?;
         let exports = list_exports(run_store).await?;
         let evals = read_evals(run_store).await?;
+        let embeddings = match exports.last() {
+            Some(&commit) => follow_up::embeddings(run_store, commit).await?,
+            None => BTreeMap::new(),
+        };
         let (phase, reason) = phase(&events);
         let last = steps.last();
         let committed = commit.as_ref().map(|c| &c.progress);
@@ -154,6 +161,7 @@ impl RunStatus {
             restarts: events.iter().map(|e| u32::from(e.kind.is_restart())).sum(),
             exports,
             evals,
+            embeddings,
         })
     }
 }

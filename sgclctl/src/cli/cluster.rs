@@ -19,7 +19,7 @@ const SUBMIT_EXAMPLES: &str = "\
 Examples:
   sgclctl submit --nodes 2 --gpus-per-node 4
   sgclctl submit --nodes 8 --gpus-per-node 8 --name big -f configs/sgcl.yaml --set epochs=200 --wait
-  sgclctl submit --nodes 2 --eval tumour=s3://lab/labelled --wait
+  sgclctl submit --nodes 2 --eval tumour=s3://lab/labelled --embed atlas=s3://lab/atlas --wait
   sgclctl submit -f run.yaml              (a whole SgclRun)
   sgclctl submit --nodes 2 --dry-run      (prints what would be made; the cluster has checked it)
 
@@ -67,13 +67,16 @@ pub(crate) struct SubmitArgs {
     /// Evaluate the weights on a labelled patch set, by nearest neighbours and a linear classifier; may be repeated
     #[arg(long, value_name = "NAME=URL")]
     pub(crate) eval: Vec<String>,
+    /// Compute features of a patch set with the weights, in TRIDENT's layout, beside the run; may be repeated
+    #[arg(long, value_name = "NAME=URL")]
+    pub(crate) embed: Vec<String>,
     /// Print what would be made, checked by the cluster, and make nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
-    /// Stay until the run ends and its evaluations are made, and tell how it goes
+    /// Stay until the run ends and what follows it is made, and tell how it goes
     #[arg(long, conflicts_with = "dry_run")]
     pub(crate) follow: bool,
-    /// Stay until the run ends and its evaluations are made; the exit code says how
+    /// Stay until the run ends and what follows it is made; the exit code says how
     #[arg(long, conflicts_with = "dry_run")]
     pub(crate) wait: bool,
     #[command(flatten)]
@@ -84,7 +87,8 @@ pub(crate) struct SubmitArgs {
 #[command(after_help = "\
 Examples:
   sgclctl logs first
-  sgclctl logs first -f --node 1")]
+  sgclctl logs first -f --node 1
+  sgclctl logs first --of tumour     (an evaluation that followed the run)")]
 pub(crate) struct LogsArgs {
     /// Name of the run
     pub(crate) run: String,
@@ -94,6 +98,9 @@ pub(crate) struct LogsArgs {
     /// One node alone, from 0
     #[arg(long, value_name = "N")]
     pub(crate) node: Option<u32>,
+    /// An evaluation or embedding that follows the run, by its name, instead of the nodes
+    #[arg(long, value_name = "NAME", conflicts_with = "node")]
+    pub(crate) of: Option<String>,
     /// Last lines of each node
     #[arg(long, default_value_t = 200, value_name = "LINES")]
     pub(crate) tail: i64,

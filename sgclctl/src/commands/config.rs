@@ -3,7 +3,7 @@
 use anyhow::Result;
 use serde_json::json;
 use sgcl_patchset::{PatchSet, Store};
-use sgcl_runstore::{RunConfig, find_labelled_sets};
+use sgcl_runstore::{RunConfig, find_named_sets};
 
 pub(crate) use sgcl_coordinator::kube::prepare::trained_patches;
 
@@ -28,7 +28,7 @@ pub(crate) async fn main(args: ConfigArgs, out: Out) -> Result<Exit> {
                 let set = PatchSet::open(&url).await?;
                 let trained = trained_patches(&config, &set)?;
                 config.check_against(trained as u64, ranks as usize)?;
-                find_labelled_sets(&mut config.clone(), &set.manifest().content_id, Store::open).await?;
+                find_named_sets(&mut config.clone(), &set.manifest().content_id, Store::open).await?;
                 patches = Some(trained);
             }
             if out.json() {

@@ -65,6 +65,22 @@ async fn patches(args: &EmbedArgs, url: &str, to: &Store, out: Out) -> Result<Ex
     shown.end(to)
 }
 
+/// Has `sgcl-worker` make an embedding that a run's configuration names, by these words: slides, patches and seconds.
+pub(super) async fn named(words: &[String], dataset: &str, out: Out) -> Result<Value> {
+    let set = PatchSet::open(dataset).await?;
+    let mut child = Child::named(words, out)?;
+    let mut shown = Shown::new(out, set.manifest().slides.len(), Some(set.manifest().patches));
+    while let Some(message) = child.next().await? {
+        shown.take(&message)?;
+    }
+    shown.bar.finish_and_clear();
+    let (slides, seconds) = (shown.done, shown.began.elapsed().as_secs_f64());
+    if !out.json() {
+        out.data(format!("{} patches of {slides} slide(s) in {}", count(shown.embedded), span(seconds)))?;
+    }
+    Ok(json!({ "slides": slides, "resumed": shown.resumed, "patches": shown.embedded, "seconds": seconds }))
+}
+
 /// Embeds slides: opened and read on threads of their own, handed to the worker on its standard input.
 async fn slides(args: EmbedArgs, to: &Store, out: Out) -> Result<Exit> {
     let options = args.tiling.options();

@@ -1,11 +1,10 @@
 //! `eval`: `sgcl-worker` evaluates encoders; this shows and keeps what it found.
 
-pub(crate) mod after;
 mod detection;
 pub(crate) mod segmentation;
 pub(crate) mod table;
 mod transfer;
-mod worker;
+pub(super) mod worker;
 
 use std::path::Path;
 

@@ -5,6 +5,7 @@ pub(crate) mod config;
 pub(crate) mod describe;
 pub(crate) mod embed;
 pub(crate) mod eval;
+mod follow_up;
 pub(crate) mod ingest;
 pub(crate) mod list;
 pub(crate) mod order;

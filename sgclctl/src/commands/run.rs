@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use serde_json::json;
 use sgcl_coordinator::{Change, Coordinator, Outcome, ProcessLauncher, RunView};
 use sgcl_patchset::{PatchSet, Store};
-use sgcl_runstore::{Commits, Phase, RunConfig, RunName, RunStoreError, Spec, find_labelled_sets};
+use sgcl_runstore::{Commits, FollowUp, Phase, RunConfig, RunName, RunStoreError, Spec, find_named_sets};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument as _;
 
 use super::config::trained_patches;
-use super::eval::after::follow_up;
+use super::follow_up;
 use crate::cli::{ConfigSource, OrderArgs, RunArgs};
 use crate::error::Failure;
 use crate::exit::Exit;
@@ -124,7 +124,7 @@ async fn wanted(args: &RunArgs, name: &RunName, stored: Option<&Spec>, out: Out)
     let set = PatchSet::open(&data).await?;
     let patches = trained_patches(&config, &set)?;
     config.check_against(patches as u64, world)?;
-    find_labelled_sets(&mut config, &set.manifest().content_id, Store::open).await?;
+    find_named_sets(&mut config, &set.manifest().content_id, Store::open).await?;
     describe(name, &config, &set, patches, world, out);
     let id = set.manifest().content_id.clone();
     let mut spec =
@@ -240,7 +240,7 @@ async fn ended(outcome: &Outcome, spec: &Spec, bucket: &Store, resume: &str, out
     match outcome {
         Outcome::Finished => {
             let exports = sgcl_runstore::export::list_exports(&run).await?;
-            let evaluated = evaluate(spec, bucket, resume, out).await;
+            let followed = follow_ups(spec, bucket, resume, out).await;
             if out.json_progress() {
                 json("finished", None)?;
             }
@@ -253,7 +253,7 @@ async fn ended(outcome: &Outcome, spec: &Spec, bucket: &Store, resume: &str, out
                 "  sgclctl eval --data {} --bucket {at} --weights {name} --weights random",
                 quoted(&spec.data)
             ));
-            evaluated.map(|()| Exit::Done)
+            followed.map(|()| Exit::Done)
         }
         Outcome::Suspended { reason } => {
             if out.json_progress() {
@@ -279,17 +279,17 @@ async fn ended(outcome: &Outcome, spec: &Spec, bucket: &Store, resume: &str, out
     }
 }
 
-/// The evaluations that the configuration names; Ctrl-C leaves those that are not made for another time.
-async fn evaluate(spec: &Spec, bucket: &Store, resume: &str, out: Out) -> Result<()> {
-    if spec.config.evaluations.is_empty() {
+/// What the configuration has made of the weights; Ctrl-C leaves what is not made for another time.
+async fn follow_ups(spec: &Spec, bucket: &Store, resume: &str, out: Out) -> Result<()> {
+    if FollowUp::all(&spec.config).is_empty() {
         return Ok(());
     }
     // Signals that were asked for once end nobody by themselves any more.
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     tokio::select! {
-        made = follow_up(spec, bucket, resume, out) => made,
+        made = follow_up::make(spec, bucket, resume, out) => made,
         () = async { tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} } } => {
-            let message = format!("run {} is finished and exported, but not all of its evaluations are made", spec.run);
+            let message = format!("run {} is finished and exported, but not all that follows is made", spec.run);
             Err(Failure::new(Exit::Suspended, message).hint(format!("make the others with: {resume}")).into())
         }
     }

@@ -100,6 +100,9 @@ fn text(status: &RunStatus, now: Timestamp) -> String {
         }
         row("probe", format!("{name}: kNN-20 {}, linear {}", share(&eval["knn"]["20"]), share(&eval["linear"])));
     }
+    for (name, found) in &status.embeddings {
+        row("embedded", format!("{name}: {found}"));
+    }
     text
 }
 

@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use sgcl::probe::{self, Figures, Split};
 use sgcl_patchset::Store;
 use sgcl_runstore::metrics::{PROBE, StepMetrics};
-use sgcl_runstore::{LabelledSetError, ProbeSet, Spec};
+use sgcl_runstore::{NamedSetError, ProbeSet, Spec};
 use tch::{Device, Kind, Tensor};
 use tokio::runtime::Handle;
 use tracing::info_span;
@@ -48,10 +48,10 @@ impl Probe {
             let Some(set) = ProbeSet::open(&spec.config, &spec.data_id, open).await? else { return Ok(None) };
             // The reader of a remote set keeps the runtime it is made in.
             let reader = set.set.reader(setup::cache(&set.set, spec));
-            Ok::<_, LabelledSetError>(Some(Self { set, patches: Patches { reader, px: spec.config.views.global_px } }))
+            Ok::<_, NamedSetError>(Some(Self { set, patches: Patches { reader, px: spec.config.views.global_px } }))
         });
         opened.map_err(|error| match error {
-            LabelledSetError::Config(error) => error.into(),
+            NamedSetError::Config(error) => error.into(),
             error => error.into(),
         })
     }

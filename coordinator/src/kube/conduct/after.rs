@@ -1,9 +1,10 @@
-//! What a conductor does once its run is finished: evaluations.
+//! What a conductor does once its run is finished: evaluations and embeddings.
 
 use std::sync::Arc;
 
 use anyhow::{Context as _, Result};
 use kube::Resource;
+use sgcl_runstore::FollowUp;
 use sgcl_telemetry::Traceparent;
 use tokio::sync::watch;
 use tracing::{Instrument as _, info_span};
@@ -18,7 +19,7 @@ use crate::kube::resource::{Phase, SgclRun};
 use crate::kube::trace::handed_on;
 
 impl Conductor {
-    /// Has the evaluations of a finished run made.
+    /// Has what follows a finished run made.
     pub(super) async fn evaluate(
         &mut self,
         run: &SgclRun,
@@ -40,7 +41,7 @@ impl Conductor {
             store: &prepared.store,
             needs: &plan.pods,
             handed: handed_on(trace),
-            wanted: &prepared.spec.config.evaluations,
+            wanted: &FollowUp::all(&prepared.spec.config),
         };
         let making = evaluations.make(afresh, &mut self.reporter, &mut facts, object);
         Ok(match making.instrument(info_span!("evaluations")).await? {

@@ -114,6 +114,7 @@ impl RunConfig {
         );
         wrong.extend(self.probe.wrong());
         wrong.extend(super::evaluation::wrong(&self.evaluations));
+        wrong.extend(super::embedding::wrong(&self.embeddings, &self.evaluations));
         if wrong.is_empty() { Ok(()) } else { Err(ConfigError::Invalid(wrong)) }
     }
 

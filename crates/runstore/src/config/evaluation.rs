@@ -116,6 +116,16 @@ impl std::str::FromStr for Evaluation {
     }
 }
 
+/// Whether this can name something that follows a run: part of a path, and of a Job's arguments.
+pub(super) fn is_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    (1..=LONGEST_NAME).contains(&name.len()) && name.chars().all(plain)
+}
+
+pub(super) fn not_a_name(name: &str) -> String {
+    format!("name {name:?} is not 1 to {LONGEST_NAME} of a-z, 0-9 and '-'")
+}
+
 /// What is wrong with a list of them, each by its key.
 pub(super) fn wrong(evaluations: &[Evaluation]) -> Vec<String> {
     let mut wrong = Vec::new();
@@ -128,11 +138,7 @@ pub(super) fn wrong(evaluations: &[Evaluation]) -> Vec<String> {
                 wrong.push(format!("evaluations[{at}].{text}"));
             }
         };
-        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
-        need(
-            (1..=LONGEST_NAME).contains(&one.name.len()) && one.name.chars().all(plain),
-            format!("name {:?} is not 1 to {LONGEST_NAME} of a-z, 0-9 and '-'", one.name),
-        );
+        need(is_name(&one.name), not_a_name(&one.name));
         need(!TAKEN.contains(&one.name.as_str()), format!("name {:?} is taken; choose another", one.name));
         need(
             evaluations[..at].iter().all(|other| other.name != one.name),

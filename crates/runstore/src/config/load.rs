@@ -62,9 +62,9 @@ pub enum ConfigError {
     /// The split leaves nothing to train on or to hold out.
     #[error("data: {0}")]
     Data(String),
-    /// A labelled set that the configuration names cannot be used.
+    /// A patch set that the configuration names beside its data cannot be used.
     #[error("{key} {url}: {reason}")]
-    LabelledSet {
+    NamedSet {
         /// Where the configuration names it.
         key: String,
         /// Where it should be.

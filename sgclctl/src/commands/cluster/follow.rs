@@ -3,7 +3,7 @@
 use anyhow::Result;
 use futures::{StreamExt, TryStreamExt};
 use kube::runtime::{WatchStreamExt, watcher};
-use sgcl_coordinator::kube::resource::{EvaluationPhase, EvaluationStatus, Phase, SgclRunStatus};
+use sgcl_coordinator::kube::resource::{EvaluationKind, EvaluationPhase, EvaluationStatus, Phase, SgclRunStatus};
 
 use super::access::Cluster;
 use crate::error::Failure;
@@ -56,15 +56,23 @@ pub(super) async fn follow(cluster: &Cluster, name: &str, all: bool, out: Out) -
     }
 }
 
-/// A finished run whose evaluations are over: all of them are wanted.
+/// A finished run after which all is over: all of it is wanted.
 fn evaluated(name: &str, status: &SgclRunStatus) -> Result<Exit> {
     let failed = |one: &&EvaluationStatus| one.phase == EvaluationPhase::Failed;
     let failed: Vec<&str> = status.evaluations.iter().filter(failed).map(|one| one.name.as_str()).collect();
     if failed.is_empty() {
         return Ok(Exit::Done);
     }
-    let message = format!("run {name} is finished and exported, but not evaluated: {}", failed.join(", "));
+    let message = format!("run {name} is finished and exported, but not made: {}", failed.join(", "));
     Err(Failure::new(Exit::Failed, message).hint(format!("`sgclctl status {name}` says why")).into())
+}
+
+/// What messages call it.
+fn kind(one: &EvaluationStatus) -> &'static str {
+    match one.kind {
+        EvaluationKind::Evaluation => "evaluation",
+        EvaluationKind::Embedding => "embedding",
+    }
 }
 
 fn line(status: &SgclRunStatus, all: bool) -> String {
@@ -83,7 +91,8 @@ fn line(status: &SgclRunStatus, all: bool) -> String {
     }
     for one in &status.evaluations {
         let said = one.figures.as_ref().or(one.message.as_ref()).map(|said| format!(": {said}")).unwrap_or_default();
-        line = format!("{line}\n  evaluation {} {}{said}", one.name, one.phase);
+        let kind = kind(one);
+        line = format!("{line}\n  {kind} {} {}{said}", one.name, one.phase);
     }
     line
 }
@@ -100,7 +109,7 @@ mod tests {
         assert!(matches!(evaluated("first", &of(vec![one("grain", EvaluationPhase::Done)])), Ok(Exit::Done)));
         let torn = of(vec![one("grain", EvaluationPhase::Done), one("torn", EvaluationPhase::Failed)]);
         let error = evaluated("first", &torn).map(drop).unwrap_err().to_string();
-        assert!(error.ends_with("not evaluated: torn"), "{error}");
+        assert!(error.ends_with("not made: torn"), "{error}");
         assert!(line(&torn, false).contains("evaluation torn Failed"));
     }
 }

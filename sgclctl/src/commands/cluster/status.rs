@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use anyhow::Result;
 use k8s_openapi::api::events::v1::Event;
 use kube::api::ListParams;
-use sgcl_coordinator::kube::resource::SgclRun;
+use sgcl_coordinator::kube::resource::{EvaluationKind, SgclRun};
 
 use super::access::Cluster;
 use crate::cli::cluster::ClusterArgs;
@@ -58,9 +58,13 @@ fn text(name: &str, run: &SgclRun, events: &[Event]) -> String {
         }
     }
     for one in &status.evaluations {
+        let words = match one.kind {
+            EvaluationKind::Evaluation => ["evaluated", "evaluation"],
+            EvaluationKind::Embedding => ["embedded", "embedding"],
+        };
         let (word, said) = match &one.figures {
-            Some(figures) => ("evaluated", figures.clone()),
-            None => ("evaluation", one.phase.to_string()),
+            Some(figures) => (words[0], figures.clone()),
+            None => (words[1], one.phase.to_string()),
         };
         let why = one.message.as_ref().map(|message| format!(": {message}")).unwrap_or_default();
         row(word, &format!("{}: {said}{why}", one.name));
@@ -89,12 +93,16 @@ mod tests {
         let grain = EvaluationStatus { figures: Some("linear 64.5%".into()), ..one("grain", EvaluationPhase::Done) };
         let torn = EvaluationStatus { message: Some("no such set".into()), ..one("torn", EvaluationPhase::Failed) };
         let mut run = SgclRun::new("first", SgclRunSpec::default());
-        let evaluations = vec![grain, torn, one("tumour", EvaluationPhase::Running)];
+        let atlas = EvaluationStatus { kind: EvaluationKind::Embedding, ..one("atlas", EvaluationPhase::Waiting) };
+        let evaluations = vec![grain, torn, one("tumour", EvaluationPhase::Running), atlas];
         run.status = Some(SgclRunStatus { evaluations, ..SgclRunStatus::default() });
         let text = text("first", &run, &[]);
-        for line in
-            ["evaluated  grain: linear 64.5%", "evaluation torn: Failed: no such set", "evaluation tumour: Running"]
-        {
+        for line in [
+            "evaluated  grain: linear 64.5%",
+            "evaluation torn: Failed: no such set",
+            "evaluation tumour: Running",
+            "embedding  atlas: Waiting",
+        ] {
             assert!(text.lines().any(|found| found == line), "{line:?} is not in {text}");
         }
     }

@@ -61,7 +61,10 @@ fn wanted(args: &SubmitArgs) -> Result<SgclRun> {
         set(&mut config, word)?;
     }
     for word in &args.eval {
-        evaluation(&mut config, word)?;
+        named(&mut config, ["--eval", "evaluations"], word)?;
+    }
+    for word in &args.embed {
+        named(&mut config, ["--embed", "embeddings"], word)?;
     }
     // As the coordinator will check it, but here, where it was typed.
     let text = Value::Object(config.clone()).to_string();
@@ -120,12 +123,12 @@ fn set(tree: &mut Map<String, Value>, word: &str) -> Result<()> {
     Ok(())
 }
 
-/// `name=dataset`, one more evaluation with the protocols that are the default.
-fn evaluation(tree: &mut Map<String, Value>, word: &str) -> Result<()> {
-    let odd = |what: &str| Failure::new(Exit::Usage, format!("--eval {word}: {what}"));
-    let (name, dataset) = word.split_once('=').ok_or_else(|| odd("write it as name=URL of a labelled patch set"))?;
-    let list = tree.entry("evaluations").or_insert_with(|| json!([]));
-    let list = list.as_array_mut().ok_or_else(|| odd("evaluations of the configuration is no list"))?;
+/// `name=dataset`, one more of a list of the configuration, with its defaults.
+fn named(tree: &mut Map<String, Value>, [option, key]: [&str; 2], word: &str) -> Result<()> {
+    let odd = |what: &str| Failure::new(Exit::Usage, format!("{option} {word}: {what}"));
+    let (name, dataset) = word.split_once('=').ok_or_else(|| odd("write it as name=URL of a patch set"))?;
+    let list = tree.entry(key).or_insert_with(|| json!([]));
+    let list = list.as_array_mut().ok_or_else(|| odd(&format!("{key} of the configuration is no list")))?;
     list.push(json!({ "name": name, "dataset": dataset }));
     Ok(())
 }
@@ -182,6 +185,16 @@ mod tests {
             let error = asked(&["--eval", word]).unwrap_err();
             assert!(format!("{error:#}").contains(said), "{error:#}");
         }
+    }
+
+    #[test]
+    fn embeddings_stand_beside_evaluations_under_names_of_their_own() {
+        let config = asked(&["--embed", "atlas=s3://lab/atlas"]).unwrap().spec.config.unwrap();
+        assert_eq!(config["embeddings"], json!([{ "name": "atlas", "dataset": "s3://lab/atlas" }]));
+        let error = asked(&["--eval", "atlas=s3://lab/b", "--embed", "atlas=s3://lab/atlas"]).unwrap_err();
+        assert!(format!("{error:#}").contains("embeddings[0].name \"atlas\" is that of another"), "{error:#}");
+        let error = asked(&["--embed", "s3://lab/b"]).unwrap_err();
+        assert!(format!("{error:#}").contains("--embed s3://lab/b"), "{error:#}");
     }
 
     #[test]

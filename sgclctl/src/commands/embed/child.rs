@@ -52,7 +52,18 @@ impl Child {
                 command.args([option, &value]);
             }
         }
-        command.stdin(if data.is_some() { Stdio::null() } else { Stdio::piped() });
+        Self::spawn(command, data.is_none(), out)
+    }
+
+    /// Starts it by words that say all, over a patch set.
+    pub(super) fn named(words: &[String], out: Out) -> Result<Self> {
+        let mut command = Command::new(worker::find()?);
+        command.args(words);
+        Self::spawn(command, false, out)
+    }
+
+    fn spawn(mut command: Command, fed: bool, out: Out) -> Result<Self> {
+        command.stdin(if fed { Stdio::piped() } else { Stdio::null() });
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut process = command.spawn().context("cannot start sgcl-worker")?;
         let lines = process.stdout.take().map(|stdout| BufReader::new(stdout).lines());

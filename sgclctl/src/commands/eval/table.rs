@@ -9,7 +9,7 @@ use crate::table;
 const KEYS_SHOWN: usize = 3;
 
 /// Every encoder under every protocol, side by side.
-pub(super) fn comparison(results: &[Value]) -> String {
+pub(in crate::commands) fn comparison(results: &[Value]) -> String {
     let mut rows = Vec::new();
     for result in results {
         let weights = result["weights"].as_str().unwrap_or("?");
@@ -92,7 +92,7 @@ pub(crate) fn footer(result: &Value) -> String {
 }
 
 /// What a weights file's keys were taken for.
-pub(super) fn remarks(result: &Value) -> Vec<String> {
+pub(in crate::commands) fn remarks(result: &Value) -> Vec<String> {
     let weights = result["weights"].as_str().unwrap_or("?");
     let keys = &result["keys"];
     let mut remarks = Vec::new();

@@ -5,9 +5,6 @@ use std::process::Stdio;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use serde_json::Value;
-use sgcl_patchset::Store;
-use sgcl_runstore::RunName;
-use sgcl_runstore::config::Evaluation;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::Command;
 
@@ -39,11 +36,10 @@ pub(super) async fn results(args: &EvalArgs, out: Out) -> Result<Vec<Value>> {
     follow(command, "sgcl-worker", out).await
 }
 
-/// Has an evaluation of a run's configuration made and kept with the run; its results.
-pub(super) async fn evaluation(wanted: &Evaluation, run: &RunName, bucket: &Store, out: Out) -> Result<Vec<Value>> {
+/// Has `sgcl-worker` make an evaluation that a run's configuration names, by these words; its results.
+pub(in crate::commands) async fn named(words: &[String], out: Out) -> Result<Vec<Value>> {
     let mut command = Command::new(worker::find()?);
-    command.args(["evaluation", "--run", run.as_str(), "--bucket", bucket.url()]);
-    command.args(["--evaluation", &serde_json::to_string(wanted)?]);
+    command.args(words);
     follow(command, "sgcl-worker", out).await
 }
 

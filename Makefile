@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 # Read back from what scripts/setup wrote for cargo; a value of the caller's own wins.
 python = $${SGCL_PYTHON:-$$(sed -n 's/^SGCL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)}
 
-.PHONY: help setup setup-tests build demo test test-chaos soak test-simulation test-goldens test-cluster test-observability images lint nccl bench-cluster bench-objective bench-kmeans bench-preemption bench-embed bench-science doc clean
+.PHONY: help setup setup-tests setup-cluster build demo test test-chaos soak test-simulation test-goldens test-cluster test-observability images lint nccl bench-cluster bench-objective bench-kmeans bench-preemption bench-embed bench-science doc clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,10 +53,13 @@ test-goldens: setup-tests ## the method against every case in the folder SGCL_GO
 images: build ## the images of deploy/Dockerfile, with docker, podman or buildah (ARGS names targets: coordinator worker-cpu worker sgclctl)
 	scripts/images $(ARGS)
 
-test-cluster: build ## installs on a real cluster of three nodes on this machine, trains there, and breaks things (root, Linux)
+setup-cluster:
+	@scripts/setup --cluster
+
+test-cluster: build setup-cluster ## installs on a real cluster of three nodes on this machine, trains there, and breaks things (root, Linux)
 	SGCL_PYTHON="$(python)" tests/cluster/run $(ARGS)
 
-bench-cluster: build ## 200 runs of five nodes on fake machines: memory, requests, time from submit to Job, takeover (root, Linux)
+bench-cluster: build setup-cluster ## 200 runs of five nodes on fake machines: memory, requests, time from submit to Job, takeover (root, Linux)
 	SGCL_PYTHON="$(python)" tests/cluster/run --only fleet $(ARGS)
 
 test-observability: setup-tests ## traces through the OpenTelemetry collector, rules and metrics through Prometheus (fetches both, the first time)

@@ -84,6 +84,11 @@ def why_not():
         return "Debian's containernetworking-plugins is not installed"
     if unbuilt():
         return f"these are missing: {' '.join(unbuilt())}"
+    if subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode != 0:
+        return "this machine lets nobody make namespaces"
+    version_1 = Path("/sys/fs/cgroup/memory")
+    if not os.access(version_1 if version_1.exists() else version_1.parent, os.W_OK):
+        return "cgroups are read-only here, and nodes make their own"
     return None
 
 
@@ -188,18 +193,21 @@ def images():
 
 
 class Cluster:
-    def __enter__(self):
+    process = None
+
+    def start(self):
         (STATE / "ready").unlink(missing_ok=True)
         STATE.mkdir(parents=True, exist_ok=True)
         self.log = (STATE / "up.log").open("w")
         self.process = subprocess.Popen([CLUSTER, "up", "3"], stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=ENV)
         wait_for("three nodes are ready; see " + self.log.name, lambda: (STATE / "ready").exists() or self.dead(), 120)
-        return self
 
     def dead(self):
         expect(self.process.poll() is None, "the cluster ended:\n" + (STATE / "up.log").read_text()[-2000:])
 
-    def __exit__(self, *_):
+    def stop(self):
+        if self.process is None:
+            return
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(30)
@@ -210,7 +218,9 @@ class Cluster:
 class Context:
     """The user's own cluster. What is installed there is removed again, so it must not be there before."""
 
-    def __enter__(self):
+    process = None
+
+    def start(self):
         STATE.mkdir(parents=True, exist_ok=True)
         kubeconfig = STATE / "context.kubeconfig"
         kubeconfig.touch(mode=0o600)
@@ -218,8 +228,6 @@ class Context:
         ENV["KUBECONFIG"] = str(kubeconfig)
         there = kubectl("get", "namespace", NAMESPACE, "-o", "name", check=False)
         expect(not there, f"{CONTEXT} has a namespace {NAMESPACE} already: this test would remove what is in it")
-        self.process = None
-        return self
 
     def forward(self):
         """The S3 server, reachable from here."""
@@ -229,7 +237,7 @@ class Context:
         expect(self.process.poll() is None, "the S3 server cannot be reached: port 7070 must be free")
         return "127.0.0.1"
 
-    def __exit__(self, *_):
+    def stop(self):
         if self.process:
             self.process.kill()
         (STATE / "context.kubeconfig").unlink(missing_ok=True)

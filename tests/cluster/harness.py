@@ -296,10 +296,14 @@ def steps(run_name):
 def install(cluster):
     say("kubectl apply -f deploy/")
     kubectl("apply", "-f", ROOT / "deploy")
+    kubectl("-n", NAMESPACE, "patch", "configmap", "sgcl-defaults", "--type=merge", "-p", '{"data": {"queue": "kept"}}')
     again = kubectl("apply", "-f", ROOT / "deploy").splitlines()
     # kubectl says "configured" of every PodDisruptionBudget, since its selector is replaced as a whole, by itself here.
     changed = [line for line in again if not line.endswith("unchanged") and not line.startswith("poddisruptionbudget")]
     expect(again and not changed, f"a second apply changed something: {changed}")
+    kept = kubectl("-n", NAMESPACE, "get", "configmap", "sgcl-defaults", "-o", "jsonpath={.data.queue}")
+    expect(kept == "kept", "a second apply took back what was set in sgcl-defaults")
+    kubectl("-n", NAMESPACE, "patch", "configmap", "sgcl-defaults", "--type=merge", "-p", '{"data": {"queue": null}}')
     kubectl("apply", "-k", ROOT / "deploy/overlays/demo")
     # A cluster that is not for trials must have them.
     if not CONTEXT or CONTEXT.startswith("kind-"):

@@ -95,6 +95,16 @@ fn an_overlay_changes_what_there_is_and_its_defaults_are_taken(#[case] name: &st
     }
 }
 
+#[test]
+fn applying_again_takes_back_no_default_that_was_set() {
+    let base = documents(&deploy().join("sgcl.yaml"));
+    let map = base.iter().find(|object| object["kind"] == "ConfigMap").unwrap();
+    assert!(map.get("data").is_none(), "kubectl apply would set these to what they are here: {}", map["data"]);
+    let told = map["metadata"]["annotations"]["sgcl.dev/keys"].as_str().unwrap();
+    let missing: Vec<_> = sgcl_coordinator::kube::defaults::KEYS.iter().filter(|key| !told.contains(*key)).collect();
+    assert!(missing.is_empty(), "the annotation does not tell of {missing:?}");
+}
+
 /// The same put together by kubectl, where there is one.
 #[rstest::rstest]
 #[case("overlays/demo", &["Deployment/sgcl-s3"])]

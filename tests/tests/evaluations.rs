@@ -119,7 +119,9 @@ fn evaluations_are_made_behind_the_export_and_are_what_eval_finds() {
     let page = at(folder, "report.html");
     let _ = call(folder, &["report", "first", "--bucket", &bucket, "--out", &page]).success();
     let page = std::fs::read_to_string(page).unwrap();
-    assert!(page.contains("first (grain)") && page.contains("random (grain)"), "the report does not name them");
+    for words in ["first (grain)", "random (grain)", "finetune-50%, accuracy"] {
+        assert!(page.contains(words), "{words:?} is not in the report");
+    }
 }
 
 /// An embedding's features are, byte for byte, those that `embed` writes; HDF5 files name their folder besides.

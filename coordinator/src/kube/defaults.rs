@@ -12,7 +12,8 @@ pub const NAME: &str = "sgcl-defaults";
 /// Secret with the bucket's keys, where neither a run nor the ConfigMap names another.
 pub const CREDENTIALS: &str = "sgcl-bucket";
 
-const KEYS: [&str; 16] = [
+/// What it may say.
+pub const KEYS: [&str; 16] = [
     "bucket",
     "dataset",
     "image",

@@ -9,7 +9,7 @@ use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::api::{DeleteParams, ListParams, PostParams};
 use kube::{Api, ResourceExt};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::book::{Book, Launch};
 use super::job::{NodeJob, WorkerLine, name};
@@ -22,6 +22,9 @@ use crate::launcher::{Ended, Launcher};
 const END_BY_ITSELF: Duration = Duration::from_secs(3);
 /// Longest pause between two tries to make a Job.
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+
+/// Jobs that are being made at once, of all runs: an API server turns away what comes in a flood (429).
+static MAKING: Semaphore = Semaphore::const_new(8);
 
 /// Starts and ends a run's nodes.
 #[derive(Clone)]
@@ -159,10 +162,15 @@ impl KubeLauncher {
     async fn create(self, job: Job) {
         let mut pause = Duration::from_millis(250);
         loop {
-            match self.inner.jobs.create(&PostParams::default(), &job).await {
+            let turn = MAKING.acquire().await;
+            let made = self.inner.jobs.create(&PostParams::default(), &job).await;
+            drop(turn);
+            match made {
                 Ok(_) => break,
                 // A lost reply, or another coordinator's.
                 Err(kube::Error::Api(status)) if status.code == 409 => break,
+                // It has much to do: nothing that anybody need be told.
+                Err(kube::Error::Api(status)) if status.code == 429 => {}
                 Err(error) => {
                     tracing::warn!(%error, job = job.name_any(), "the Job was not made, trying again");
                     self.inner.trouble.send_replace(Some(format!("Job {} cannot be made: {error}", job.name_any())));

@@ -83,7 +83,9 @@ impl Plan {
             min_nodes: spec.min_nodes.unwrap_or(1),
             ranks_per_node: spec.gpus_per_node.unwrap_or(1),
             pods: PodNeeds {
-                image: needed("image", &spec.image, &defaults.image)?,
+                // Workers of this coordinator's version: an upgrade brings them along.
+                image: (spec.image.clone().or_else(|| defaults.image.clone()))
+                    .unwrap_or_else(|| concat!("ghcr.io/sgcl/sgcl-worker:", env!("CARGO_PKG_VERSION")).to_owned()),
                 pull_policy: defaults.image_pull_policy.clone(),
                 gpu_resource: defaults.gpu_resource.clone().unwrap_or_else(|| "nvidia.com/gpu".to_owned()),
                 credentials_secret: (spec.credentials_secret.clone())

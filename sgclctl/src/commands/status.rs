@@ -89,6 +89,10 @@ fn text(status: &RunStatus, now: Timestamp) -> String {
             row("probe", format!("{name}: AP {}", super::eval::table::figure(ap)));
             continue;
         }
+        if eval["mean_iou"].is_object() {
+            row("probe", format!("{name}: mean IoU {}", super::eval::table::figure(&eval["mean_iou"])));
+            continue;
+        }
         let share = |value: &serde_json::Value| value.as_f64().map_or_else(|| "–".to_owned(), percent);
         if eval["evaluation"].is_object() {
             let found = eval["protocols"].as_array().into_iter().flatten();

@@ -135,16 +135,18 @@ impl Facts {
         }
     }
 
-    /// Probe results, `random` last.
+    /// Probes of frozen features, `random` last.
     pub(crate) fn evals(&self) -> Vec<(&str, &Value)> {
+        let mut rows = self.all_evals();
+        rows.retain(|(_, value)| value["knn"]["20"].is_number() || value["linear"].is_number());
+        rows
+    }
+
+    /// Results of all kinds, `random` last.
+    pub(crate) fn all_evals(&self) -> Vec<(&str, &Value)> {
         let evals: &BTreeMap<String, Value> = &self.status.evals;
-        let mut rows: Vec<(&str, &Value)> =
-            // Detection has figures of another kind, which `status` tells.
-            evals
-                .iter()
-                .filter(|(_, value)| !value["protocols"][0]["ap"].is_object())
-                .map(|(name, value)| (value["weights"].as_str().unwrap_or(name), value))
-                .collect();
+        let named = evals.iter().map(|(name, value)| (value["weights"].as_str().unwrap_or(name), value));
+        let mut rows: Vec<(&str, &Value)> = named.collect();
         rows.sort_by_key(|(name, _)| *name == "random");
         rows
     }

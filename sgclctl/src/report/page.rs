@@ -8,6 +8,7 @@ use sgcl_runstore::status::EventKind;
 use super::charts::{Chart, Line, number};
 use super::data::Facts;
 use super::slides::{PatchView, Query, SlideView, class_colour};
+use crate::commands::eval::table::figure;
 use crate::output::{count, percent, span};
 
 /// The page.
@@ -29,6 +30,7 @@ pub(crate) struct Page {
     searched: String,
     evals: Vec<EvalRow>,
     confusion: Option<Confusion>,
+    transfers: Vec<Transfer>,
     events: Vec<EventRow>,
     config: Vec<ConfigRow>,
     missing: Vec<String>,
@@ -72,6 +74,16 @@ struct EvalRow {
     random: bool,
     cells: Vec<String>,
     gain: String,
+}
+
+/// A figure of something that was trained on the weights.
+struct Transfer {
+    task: String,
+    weights: String,
+    random: bool,
+    figure: String,
+    trials: String,
+    data: String,
 }
 
 struct Confusion {
@@ -125,6 +137,7 @@ impl Page {
             searched: facts.searched.map(|s| searched(s, facts.spec.config.objective.radius)).unwrap_or_default(),
             evals,
             confusion: confusion(&facts),
+            transfers: transfers(&facts),
             events: event_rows(&facts),
             config: config_rows(&facts.spec.config),
             footer: format!(
@@ -329,6 +342,41 @@ fn eval_rows(facts: &Facts) -> Vec<EvalRow> {
             },
         })
         .collect()
+}
+
+/// Fine-tuning, segmentation and detection, task by task.
+fn transfers(facts: &Facts) -> Vec<Transfer> {
+    let mut rows = Vec::new();
+    for (weights, value) in facts.all_evals() {
+        let mut row = |task: String, found: &Value, trials: &Value| {
+            rows.push(Transfer {
+                task,
+                weights: weights.to_owned(),
+                random: weights == "random",
+                figure: figure(found),
+                trials: trials.as_u64().map_or_else(|| "1".to_owned(), count),
+                data: value["data"].as_str().unwrap_or("–").to_owned(),
+            });
+        };
+        if value["mean_iou"].is_object() {
+            row("segmentation, mean IoU".to_owned(), &value["mean_iou"], &value["trials"]);
+        }
+        for found in value["protocols"].as_array().into_iter().flatten() {
+            for (key, name) in [("ap", "AP"), ("ap50", "AP50"), ("ap75", "AP75")] {
+                if found[key].is_object() {
+                    row(format!("detection, {name}"), &found[key], &found["trials"]);
+                }
+            }
+            match found["protocol"].as_str() {
+                Some(protocol) if protocol.starts_with("finetune") => {
+                    row(format!("{protocol}, accuracy"), &found["accuracy"], &found["trials"]);
+                }
+                _ => {}
+            }
+        }
+    }
+    rows.sort_by(|a, b| (&a.task, &a.data).cmp(&(&b.task, &b.data)));
+    rows
 }
 
 /// The linear probe's confusion of the best trained weights: rows are true classes, shares of their patches.

@@ -10,7 +10,8 @@ use kube::api::{ListParams, PostParams};
 use serde::Serialize;
 use sgcl_coordinator::kube::SERVICE;
 use sgcl_coordinator::kube::defaults::{self, Defaults};
-use sgcl_patchset::{PatchSet, Store};
+use sgcl_patchset::{Created, PatchSet, Store, StoreError};
+use sgcl_runstore::new_write_id;
 
 use super::access::Cluster;
 use crate::cli::cluster::CheckArgs;
@@ -240,18 +241,28 @@ async fn gpus(cluster: &Cluster, resource: &str) -> Finding {
     good(WHAT, format!("{} ({resource}); what others use is not counted", sizes.join(", ")))
 }
 
-/// Lists, writes and deletes.
-async fn bucket(url: &str, store: Result<Store, sgcl_patchset::StoreError>) -> Finding {
+/// Lists, writes, tries to overwrite what must not be, and deletes.
+async fn bucket(url: &str, store: Result<Store, StoreError>) -> Finding {
     const WHAT: &str = "bucket";
     let tried = async {
         let store = store?;
         let rel = format!("checks/{}-{}", std::process::id(), jiff::Timestamp::now().as_nanosecond());
         store.list("checks").await?;
-        store.put(&rel, b"written by `sgclctl check`, to be deleted by it".to_vec()).await?;
-        store.delete(&rel).await
+        let mut created = Vec::new();
+        for writer in [new_write_id(), new_write_id()] {
+            let text = format!("written by `sgclctl check`, to be deleted by it: {writer}");
+            created.push(store.create(&rel, text.into_bytes(), &writer).await?);
+        }
+        store.delete(&rel).await?;
+        Ok::<_, StoreError>(matches!(created[..], [Created::Created, Created::Exists(_)]))
     };
     match tried.await {
-        Ok(()) => good(WHAT, format!("{url} can be listed, written and deleted in from here")),
+        Ok(true) => good(WHAT, format!("{url} can be listed, written and deleted in from here")),
+        Ok(false) => bad(
+            WHAT,
+            format!("{url} overwrites objects that must not be overwritten: it does not heed If-None-Match"),
+            "commits rest on conditional writes: use an S3 that has them (AWS, MinIO, Ceph, versitygw), or a newer release of this one",
+        ),
         Err(error) => bad(
             WHAT,
             format!("from here: {error}"),
@@ -260,7 +271,7 @@ async fn bucket(url: &str, store: Result<Store, sgcl_patchset::StoreError>) -> F
     }
 }
 
-async fn patches(url: &str, store: Result<Store, sgcl_patchset::StoreError>) -> Finding {
+async fn patches(url: &str, store: Result<Store, StoreError>) -> Finding {
     const WHAT: &str = "patch set";
     let store = match store {
         Ok(store) => store,
@@ -276,8 +287,19 @@ async fn patches(url: &str, store: Result<Store, sgcl_patchset::StoreError>) -> 
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_bucket_is_tried_and_left_as_it_was() {
+        let folder = tempfile::tempdir().unwrap();
+        let url = folder.path().to_str().unwrap();
+        let found = bucket(url, Store::open(url)).await;
+        assert_eq!(found.answer, Answer::Good, "{}", found.found);
+        let left = Store::open(url).unwrap().list("checks").await.unwrap();
+        assert!(left.is_empty(), "{left:?}");
+    }
 
     #[test]
     fn a_remedy_is_part_of_the_json_only_where_there_is_one() {

@@ -4,9 +4,11 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use askama::Template as _;
-use serde_json::Value;
+use serde_json::{Value, json};
+use sgcl_runstore::evals;
 use tokio::process::Command;
 
+use super::runs_to_keep_with;
 use super::table::{figure, remarks};
 use super::worker::{follow, names};
 use crate::cli::segmentation::SegmentationArgs;
@@ -16,6 +18,7 @@ use crate::report::SegmentationPage;
 use crate::{table, worker};
 
 pub(crate) async fn main(args: SegmentationArgs, out: Out) -> Result<Exit> {
+    let runs = runs_to_keep_with(&args.weights, args.bucket.as_deref(), None).await?;
     // Pictures are made for the page too; without --save they go when it is written.
     let temporary = match (&args.save, &args.page) {
         (None, Some(_)) => Some(tempfile::tempdir().context("no folder for pictures")?),
@@ -25,6 +28,11 @@ pub(crate) async fn main(args: SegmentationArgs, out: Out) -> Result<Exit> {
     let mut results = follow(command(&args, save)?, "sgcl-worker", out).await?;
     for remark in results.iter().flat_map(remarks) {
         out.note(remark);
+    }
+    let kept: Vec<Value> = results.iter().map(without_images).collect();
+    for (name, run) in &runs {
+        evals::keep(run, &kept, &json!({ "data": args.data, "seed": args.seed }), "-segmentation").await?;
+        out.note(format!("kept with run {name}"));
     }
     if let Some(file) = &args.page {
         let html = SegmentationPage::new(&args, &results).render()?;
@@ -74,6 +82,15 @@ fn command(args: &SegmentationArgs, save: Option<&Path>) -> Result<Command> {
     }
     command.arg("--weights").args(&args.weights);
     Ok(command)
+}
+
+/// What a run keeps of a result: every `status` reads it.
+fn without_images(result: &Value) -> Value {
+    let mut kept = result.clone();
+    if let Some(map) = kept.as_object_mut() {
+        map.retain(|key, _| key != "images" && key != "colours");
+    }
+    kept
 }
 
 /// Names of pictures that are gone would mislead.

@@ -70,10 +70,11 @@ def wait_for(what, look, seconds=120, every=0.25):
 # What is made once --------------------------------------------------------------------------------------------------
 
 
-def why_not():
-    """Why this cannot run here, or None."""
+def why_not(programs=True):
+    """Why this cannot run here, or None; `programs` says that ours are needed already."""
+    ours = unbuilt() if programs else []
     if CONTEXT:
-        missing = [tool for tool in ("kubectl", "python3") if not shutil.which(tool)] + unbuilt()
+        missing = [tool for tool in ("kubectl", "python3") if not shutil.which(tool)] + ours
         return f"these are missing: {' '.join(missing)}" if missing else None
     if sys.platform != "linux" or os.geteuid() != 0:
         return "it needs root on Linux"
@@ -82,8 +83,8 @@ def why_not():
         return f"these are not installed: {' '.join(missing)}"
     if not Path("/usr/lib/cni/bridge").exists():
         return "Debian's containernetworking-plugins is not installed"
-    if unbuilt():
-        return f"these are missing: {' '.join(unbuilt())}"
+    if ours:
+        return f"these are missing: {' '.join(ours)}"
     if subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode != 0:
         return "this machine lets nobody make namespaces"
     version_1 = Path("/sys/fs/cgroup/memory")

@@ -7,7 +7,7 @@ no method saw, beside random weights and a colour histogram. One run a method an
 95 % interval over slides, the mean and the standard deviation over seeds. Everything is a command that a user would type.
 
 Columns are judged apart (--columns): `probe`, nearest neighbours and a linear classifier; `labels`, everything fine-tuned on 1 % and 10 % of
-the labels; `segmentation` (mean IoU) and `detection` (AP), on pictures drawn for the seed in the layouts of BCSS and NuCLS. A colour
+the labels; `segmentation` (mean IoU) and `detection` (AP and AP50), on pictures drawn for the seed in the layouts of BCSS and NuCLS. A colour
 histogram has no network to fine-tune, and is judged by `probe` alone.
 
 What is finished is kept in --out, one JSON file a seed, method and column, and is not computed again: a call that was cut short goes on
@@ -42,7 +42,7 @@ BASELINES = ["random", "colour-histogram"]
 # How each column is judged. Small enough for a laptop's processor: trainings are short, so compare within the table alone.
 LABELS = ["--protocol", "finetune", "--labels", "1%,10%", "--epochs", 20]
 SEGMENTATION = ["--tile-px", 128, "--steps", 150, "--batch", 4, "--trials", 1]
-DETECTION = ["--iterations", 150, "--batch", 2, "--crop", 128, "--scale", 2, "--regions", 64, "--proposals", 300, "--trials", 1]
+DETECTION = ["--iterations", 150, "--batch", 2, "--lr", 0.02, "--crop", 128, "--scale", 2, "--regions", 32, "--proposals", 200, "--trials", 1]
 COLUMNS = ["probe", "labels", "segmentation", "detection"]
 
 
@@ -147,7 +147,7 @@ def judged(args, seed, weights, column, patches):
     if column == "segmentation":
         figures = {"mean IoU": found["mean_iou"]}
     elif column == "detection":
-        figures = {"AP": found["protocols"][0]["ap"]}
+        figures = {"AP": found["protocols"][0]["ap"], "AP50": found["protocols"][0]["ap50"]}
     else:
         figures = {part["protocol"]: part["accuracy"] for part in found["protocols"]}
     keep(args, seed, weights, column, {"figures": {name: {key: of[key] for key in ("value", "low", "high")} for name, of in figures.items()}})

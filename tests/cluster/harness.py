@@ -203,6 +203,21 @@ class Cluster:
         self.process = subprocess.Popen([CLUSTER, "up", "3"], stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=ENV)
         wait_for("three nodes are ready; see " + self.log.name, lambda: (STATE / "ready").exists() or self.dead(), 120)
 
+        self.try_out()
+
+    def try_out(self):
+        """Starts a pod that only waits: where it does not run, none will, whatever is in it."""
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "waits", "namespace": "default"},
+               "spec": {"automountServiceAccountToken": False, "terminationGracePeriodSeconds": 0,
+                        "containers": [{"name": "c", "image": "localhost/pause:1", "imagePullPolicy": "Never"}]}}
+        file = STATE / "waits.json"
+        file.write_text(json.dumps(pod))
+        # The namespace's account may still be on its way.
+        wait_for("a pod can be made", lambda: run([*KUBECTL, "create", "-f", file], check=False).returncode == 0, 30)
+        look = ("get", "pod", "waits", "-n", "default", "-o", "jsonpath={.status.phase}")
+        wait_for("a pod that only waits runs", lambda: kubectl(*look) == "Running", 60)
+        kubectl("delete", "-n", "default", "pod", "waits")
+
     def dead(self):
         expect(self.process.poll() is None, "the cluster ended:\n" + (STATE / "up.log").read_text()[-2000:])
 

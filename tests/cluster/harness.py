@@ -127,6 +127,7 @@ def prepare_servers():
         shutil.rmtree(base, ignore_errors=True)
         run(["debootstrap", "--variant=minbase", "--include=ca-certificates", "bookworm", base])
         (base / "complete").touch()
+    small_base()
 
 
 SMALL = """etc/passwd etc/group etc/nsswitch.conf etc/ssl/certs/ca-certificates.crt usr/lib64/ld-linux-x86-64.so.2

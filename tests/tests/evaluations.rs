@@ -92,6 +92,11 @@ fn evaluations_are_made_behind_the_export_and_are_what_eval_finds() {
     let tuned = ["--protocol", "finetune", "--labels", "50%", "--epochs", "2", "--trials", "2", "--seed", "3"];
     assert_eq!(figures(&kept["first-tuned"]), figures(&eval(&tuned)[0]));
     assert_eq!(kept["first-tuned"]["protocols"][0]["protocol"], "finetune-50%");
+    let all = evals(folder, "first");
+    assert!(
+        all["first"]["knn"]["20"].is_number() && all["first-finetune"].is_object(),
+        "one took the other's place: {all}"
+    );
 
     let text = call(folder, &["status", "first", "--bucket", &bucket]).success().stdout;
     let row =

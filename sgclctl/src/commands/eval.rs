@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use sgcl_patchset::{PatchSet, Store};
 use sgcl_runstore::{RunName, evals};
 
-use crate::cli::eval::{EvalArgs, EvalCommand, EvalTask};
+use crate::cli::eval::{EvalArgs, EvalCommand, EvalTask, Protocol};
 use crate::error::Failure;
 use crate::exit::Exit;
 use crate::output::Out;
@@ -44,8 +44,10 @@ async fn patches(args: EvalArgs, out: Out) -> Result<Exit> {
     for remark in results.iter().flat_map(table::remarks) {
         out.note(remark);
     }
+    // What was fine-tuned alone stands beside the probes that were kept before, not in their place.
+    let task = if args.protocol.iter().all(|one| *one == Protocol::Finetune) { "-finetune" } else { "" };
     for (name, run) in &runs {
-        evals::keep(run, &results, &json!({ "data": args.data, "seed": args.seed }), "").await?;
+        evals::keep(run, &results, &json!({ "data": args.data, "seed": args.seed }), task).await?;
         out.note(format!("kept with run {name}: `sgclctl report` shows them"));
     }
     if out.json() {

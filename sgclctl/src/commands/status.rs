@@ -94,7 +94,8 @@ fn text(status: &RunStatus, now: Timestamp) -> String {
             continue;
         }
         let share = |value: &serde_json::Value| value.as_f64().map_or_else(|| "–".to_owned(), percent);
-        if eval["evaluation"].is_object() {
+        let probed = eval["knn"]["20"].is_number() || eval["linear"].is_number();
+        if eval["evaluation"].is_object() || !probed {
             let found = eval["protocols"].as_array().into_iter().flatten();
             let found = found.filter_map(|found| {
                 Some(format!("{} {}", found["protocol"].as_str()?, super::eval::table::figure(&found["accuracy"])))

@@ -12,7 +12,7 @@ const LONGEST_NAME: usize = 30;
 /// Most trainings of a protocol.
 const MOST_TRIALS: u64 = 100;
 /// Names under which `sgclctl eval` keeps results of other kinds.
-const TAKEN: [&str; 2] = ["detection", "segmentation"];
+const TAKEN: [&str; 3] = ["detection", "finetune", "segmentation"];
 
 /// What to do with the encoder, as `sgclctl eval --protocol` has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]

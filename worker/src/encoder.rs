@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use sgcl::backbone::Backbone;
 use sgcl::weights;
 use sgcl_patchset::Store;
+use sgcl_runstore::export::ExportError;
 use sgcl_runstore::{RunName, Spec, export};
 use tch::{Device, Kind, Tensor};
 
@@ -93,4 +94,15 @@ pub(crate) fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let flat = tensor.detach().to_device(Device::Cpu).to_kind(Kind::Float).contiguous().flatten(0, -1);
     let values = Vec::<f32>::try_from(flat).context("a tensor cannot be read")?;
     Ok(values.into_iter().flat_map(f32::to_le_bytes).collect())
+}
+
+/// A run's part of a bucket, and the commit of its newest export.
+///
+/// # Errors
+/// The run has no export; the storage.
+pub(crate) async fn newest_export(run: &RunName, bucket: &str) -> Result<(Store, u64)> {
+    let run = run.store(&Store::open(bucket)?);
+    let commit = export::list_exports(&run).await?.last().copied();
+    let commit = commit.ok_or_else(|| ExportError::None { run: run.url().to_owned() })?;
+    Ok((run, commit))
 }

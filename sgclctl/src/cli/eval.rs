@@ -25,7 +25,8 @@ Protocols:
 Slides are tested on that were not learnt from: those a named run held out (data.holdout_fraction), else a share drawn by --seed.
 Intervals are 95 % percentile intervals of 1,000 resamples of the test slides. Features of whole patches are kept by content, in
 --cache; the folder may be deleted at any time. The same seed gives the same figures on as many CPU threads; on GPUs trainings may
-differ in the last digits. Results are kept with each run named (eval/<weights>.json) and appear in its report.";
+differ in the last digits. Results are kept with each run named (eval/<weights>.json, of
+`finetune` alone <weights>-finetune.json) and appear in its report.";
 
 /// What to do with the encoders.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -5,12 +5,11 @@
 use anyhow::{Context as _, Result};
 use clap::Args;
 use serde_json::Value;
-use sgcl_patchset::Store;
 use sgcl_runstore::RunName;
 use sgcl_runstore::config::Embedding;
-use sgcl_runstore::export::{ExportError, list_exports};
 
 use super::EmbedArgs;
+use crate::encoder::newest_export;
 
 /// Arguments of `sgcl-worker embedding`.
 #[derive(Args, Debug)]
@@ -33,9 +32,7 @@ pub(crate) struct EmbeddingArgs {
 pub(crate) fn main(runtime: &tokio::runtime::Handle, args: &EmbeddingArgs, mut emit: impl FnMut(Value)) -> Result<()> {
     let (name, wanted) = (&args.run, &args.embedding);
     let (run, commit, made) = runtime.block_on(async {
-        let run = name.store(&Store::open(&args.bucket)?);
-        let commit = list_exports(&run).await?.last().copied();
-        let commit = commit.ok_or_else(|| ExportError::None { run: run.url().to_owned() })?;
+        let (run, commit) = newest_export(name, &args.bucket).await?;
         let made = wanted.made(&run, commit).await?;
         anyhow::Ok((run, commit, made))
     })?;

@@ -7,13 +7,12 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 use serde_json::Value;
-use sgcl_patchset::Store;
 use sgcl_runstore::config::{EvalProtocol, EvalRecipe, Evaluation};
-use sgcl_runstore::export::{ExportError, list_exports};
 use sgcl_runstore::{RunName, evals, status};
 
 use super::EvalArgs;
 use super::protocol::{Family, LinearRecipe};
+use crate::encoder::newest_export;
 
 /// Arguments of `sgcl-worker evaluation`.
 #[derive(Args, Debug)]
@@ -39,9 +38,7 @@ pub(crate) struct EvaluationArgs {
 pub(crate) fn main(runtime: &tokio::runtime::Handle, args: &EvaluationArgs, mut emit: impl FnMut(Value)) -> Result<()> {
     let (name, wanted) = (&args.run, &args.evaluation);
     let (run, commit, kept) = runtime.block_on(async {
-        let run = name.store(&Store::open(&args.bucket)?);
-        let commit = list_exports(&run).await?.last().copied();
-        let commit = commit.ok_or_else(|| ExportError::None { run: run.url().to_owned() })?;
+        let (run, commit) = newest_export(name, &args.bucket).await?;
         let kept = status::read_evals(&run).await?;
         anyhow::Ok((run, commit, kept))
     })?;

@@ -30,7 +30,9 @@ pub const ON_REQUEST: &str = "stopped on request";
 /// Exit codes of what is the user's to mend: trying again would fail again.
 const HOPELESS: [i32; 5] = [64, 65, 69, 73, 78];
 /// Exit code of a node that was told to leave.
-const YIELDED: i32 = 75;
+pub(crate) const YIELDED: i32 = 75;
+/// Once enough nodes are ready to begin, those that have not even come are waited for so long.
+const TOGETHER: Duration = Duration::from_secs(20);
 /// Longest wait for more newcomers once one is ready.
 const JOIN_TOGETHER: Duration = Duration::from_secs(3);
 /// Time for a rank to come back from a broken ring, beyond which it is ended. Work between two collectives takes its time.
@@ -215,6 +217,8 @@ pub struct Machine {
     step: u64,
     stop: Option<String>,
     episode: Option<Episode>,
+    /// Enough nodes to begin are ready since.
+    enough: Option<Instant>,
     newcomers: Option<Instant>,
     /// Newest commit that this coordinator knows: generation, number, step.
     committed: Option<(u64, u64, u64)>,
@@ -265,6 +269,7 @@ impl Machine {
             step: 0,
             stop: None,
             episode: None,
+            enough: None,
             newcomers: None,
             committed: None,
             early: BTreeMap::new(),
@@ -277,6 +282,12 @@ impl Machine {
     #[must_use]
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// Where a node that is there, or may come back, was when it joined.
+    #[must_use]
+    pub fn address(&self, node: &str) -> Option<&str> {
+        self.nodes.get(node).map(|node| node.address.as_str())
     }
 
     /// Rank 0 of the current generation.

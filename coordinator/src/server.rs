@@ -21,7 +21,7 @@ use tracing::{Instrument as _, info_span};
 
 use crate::commits::{assemble, follow, is_stale, newest};
 use crate::launcher::{Ended, Errands, Launcher};
-use crate::machine::{Change, Effect, Event, Machine, Outcome, Place, Settings};
+use crate::machine::{Change, Effect, Event, Machine, Outcome, Place, Settings, YIELDED};
 use crate::metrics::{COMMIT_FAILURES, COMMIT_SECONDS};
 use crate::orders::{self, Notice};
 use crate::recorder::Recorder;
@@ -277,11 +277,18 @@ impl<L: Launcher> Desk<'_, L> {
                 self.owner.view.send_modify(|view| view.nodes = nodes);
                 Some(Event::NodeLost { node })
             }
-            Input::Node(node, line) => {
-                self.nodes.insert(node, line);
+            Input::Node { node, slot, address, ranks, line } => {
+                if self.machine.address(&node).is_some_and(|known| known != address) {
+                    // A Job that its queue took back and let go again at once has two pods: the first still hands over what it holds.
+                    let reason = format!("slot {slot} of this run is filled by another node");
+                    let leave = node_order::Order::Leave(v1::Leave { reason, exit_code: YIELDED });
+                    let _ = line.orders.send(Ok(NodeOrder { order: Some(leave) }));
+                    return Ok(None);
+                }
+                self.nodes.insert(node.clone(), line);
                 let nodes = self.nodes.len() as u32;
                 self.owner.view.send_modify(|view| view.nodes = nodes);
-                None
+                Some(Event::NodeJoined { node, slot, address, ranks })
             }
             Input::Rank(place, orders) => {
                 self.ranks.insert(place.clone(), orders);

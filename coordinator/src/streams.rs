@@ -39,7 +39,14 @@ pub(crate) struct Line<T> {
 /// What the streams tell the one task that owns the state.
 pub(crate) enum Input {
     Event(Event),
-    Node(String, Line<NodeOrder>),
+    /// A node's stream: one that joins, or comes back with the ranks and attempts that it has.
+    Node {
+        node: String,
+        slot: u32,
+        address: String,
+        ranks: Vec<(u32, u32)>,
+        line: Line<NodeOrder>,
+    },
     /// The end of a node's stream, which may be an old one.
     NodeGone(String, u64),
     Rank(Place, mpsc::UnboundedSender<Result<RankOrder, Status>>),
@@ -148,9 +155,7 @@ impl Service for Streams {
         let work = async move {
             let _open = open;
             let ranks = ranks.into_iter().map(|rank| (rank.local_rank, rank.attempt)).collect();
-            let joined = Event::NodeJoined { node: node.clone(), slot, address, ranks };
-            let mut known = Self::send(&inputs, Input::Node(node.clone(), line)).await
-                && Self::send(&inputs, Input::Event(joined)).await;
+            let mut known = Self::send(&inputs, Input::Node { node: node.clone(), slot, address, ranks, line }).await;
             while let (true, Ok(Some(message))) = (known, events.message().await) {
                 let event = match message.event {
                     Some(node_event::Event::Exited(e)) => Event::RankExited {

@@ -5,7 +5,7 @@ import statistics
 import subprocess
 import time
 
-from harness import CACHE, CLUSTER, ENV, NAMESPACE, STATE, expect, inside, kubectl, objects, say, seconds, wait_for
+from harness import CLUSTER, ENV, NAMESPACE, STATE, expect, go_program, inside, kubectl, objects, say, seconds, wait_for
 
 KWOK = "sigs.k8s.io/kwok/cmd/kwok@v0.7.0"
 RUNS, NODES, MACHINES = 200, 5, 100
@@ -54,13 +54,6 @@ spec:
     finalizers: {empty: true}
     delete: true
 """
-
-
-def prepare():
-    if not (CACHE / "bin/kwok").exists():
-        say("building kwok")
-        subprocess.run(["go", "install", "-trimpath", "-ldflags=-s -w", KWOK], check=True,
-                       env={**ENV, "GOBIN": str(CACHE / "bin"), "CGO_ENABLED": "0"})
 
 
 def machine(number):
@@ -118,11 +111,11 @@ def runs_with(predicate):
 
 def fleet():
     """200 runs of five nodes on fake machines: memory, requests, time from submit to Job, restart of the coordinator."""
-    prepare()
+    kwok_program = go_program("kwok", KWOK)
     stages = STATE / "stages.yaml"
     stages.write_text(STAGES)
     log = (STATE / "log/kwok.log").open("w")
-    kwok = subprocess.Popen([CLUSTER, "exec", CACHE / "bin/kwok", "--kubeconfig", STATE / "pki/admin.kubeconfig", "--config", stages,
+    kwok = subprocess.Popen([CLUSTER, "exec", kwok_program, "--kubeconfig", STATE / "pki/admin.kubeconfig", "--config", stages,
                              "--manage-nodes-with-annotation-selector", "kwok.x-k8s.io/node=fake",
                              # This cluster takes a machine for lost after 8 s.
                              "--node-lease-duration-seconds", "8"],

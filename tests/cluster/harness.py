@@ -117,10 +117,7 @@ def prepare_servers():
         say("building Kubernetes' servers (five minutes, once)")
         run([CLUSTER, "build"])
         stamp.write_text(source)
-    if not (CACHE / "bin/versitygw").exists():
-        say("building the S3 server")
-        subprocess.run(["go", "install", "-trimpath", "-ldflags=-s -w", VERSITYGW], check=True,
-                       env={**os.environ, "GOBIN": str(CACHE / "bin"), "CGO_ENABLED": "0"})
+    go_program("versitygw", VERSITYGW)
     base = CACHE / "base"
     if not (base / "complete").exists():
         say("fetching a Debian base")
@@ -128,6 +125,16 @@ def prepare_servers():
         run(["debootstrap", "--variant=minbase", "--include=ca-certificates", "bookworm", base])
         (base / "complete").touch()
     small_base()
+
+
+def go_program(name, package):
+    """A program of a published Go module, built once."""
+    program = CACHE / "bin" / name
+    if not program.exists():
+        say(f"building {name} (once)")
+        subprocess.run(["go", "install", "-trimpath", "-ldflags=-s -w", package], check=True,
+                       env={**ENV, "GOBIN": str(program.parent), "CGO_ENABLED": "0"})
+    return program
 
 
 SMALL = """etc/passwd etc/group etc/nsswitch.conf etc/ssl/certs/ca-certificates.crt usr/lib64/ld-linux-x86-64.so.2
@@ -180,15 +187,19 @@ def images():
             run(["buildah", "push", name, f"docker-archive:{archive}:{name}"])
         say(f"image {target}: {archive.stat().st_size / 1e6:.0f} MB")
         made.append(archive)
-    gateway = archives / "versitygw.tar"
-    if not gateway.exists():
-        container = run(["buildah", "from", small]).stdout.strip()
-        run(["buildah", "copy", container, CACHE / "bin/versitygw", "/usr/local/bin/versitygw"])
-        run(["buildah", "config", "--entrypoint", '["/usr/local/bin/versitygw"]', "--cmd", "", container])
-        name = "ghcr.io/versity/versitygw:v1.8.0"
+    return [*made, image_of(CACHE / "bin/versitygw", "/usr/local/bin/versitygw", "ghcr.io/versity/versitygw:v1.8.0")]
+
+
+def image_of(program, at, name):
+    """The archive of an image that has one program of somebody else's, built once."""
+    archive = CACHE / "images" / f"{program.name}.tar"
+    if not archive.exists():
+        container = run(["buildah", "from", small_base()]).stdout.strip()
+        run(["buildah", "copy", container, program, at])
+        run(["buildah", "config", "--entrypoint", json.dumps([at]), "--cmd", "", "--user", "65532:65532", container])
         run(["buildah", "commit", "--rm", container, name])
-        run(["buildah", "push", name, f"docker-archive:{gateway}:{name}"])
-    return [*made, gateway]
+        run(["buildah", "push", name, f"docker-archive:{archive}:{name}"])
+    return archive
 
 
 # The cluster --------------------------------------------------------------------------------------------------------

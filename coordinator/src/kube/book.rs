@@ -159,6 +159,12 @@ impl Book {
         self.pod_of(slot, number).is_some_and(|pod| pod.ended.is_some() || pod.gone)
     }
 
+    /// Whether a Job's pod has ended, or was told to.
+    #[must_use]
+    pub fn is_going(&self, slot: u32, number: u32) -> bool {
+        self.pod_of(slot, number).is_some_and(|pod| pod.leaving || pod.ended.is_some() || pod.gone)
+    }
+
     /// The last that a slot's newest pod wrote.
     #[must_use]
     pub fn said(&self, slot: u32) -> Option<String> {
@@ -170,10 +176,9 @@ impl Book {
         self.entries.iter().filter(|entry| !entry.over).filter_map(|entry| entry.pod.as_ref())
     }
 
-    /// Jobs that have not ended and whose pod was not made yet: a queue keeps them, or the cluster is slow.
-    #[must_use]
-    pub fn without_pod(&self) -> usize {
-        self.entries.iter().filter(|entry| !entry.over && entry.pod.is_none()).count()
+    /// Slot and number of the Jobs that have not ended and whose pod was not made yet: a queue keeps them, or the cluster is slow.
+    pub fn without_pod(&self) -> impl Iterator<Item = (u32, u32)> {
+        self.entries.iter().filter(|entry| !entry.over && entry.pod.is_none()).map(|entry| (entry.slot, entry.number))
     }
 
     /// Machines with failures that no other machine had.
@@ -204,6 +209,8 @@ mod tests {
             machine: Some(machine.into()),
             priority: 0,
             running: ended.is_none(),
+            started: true,
+            leaving: false,
             disrupted: false,
             lost: false,
             ended,
@@ -301,10 +308,10 @@ mod tests {
         let mut book = Book::default();
         book.launch(0, 0);
         book.launch(1, 0);
-        assert_eq!(book.without_pod(), 2);
+        assert_eq!(book.without_pod().collect::<Vec<_>>(), [(0, 0), (1, 0)]);
         book.pod(&pod(0, 0, "a", None));
         book.discard(1, 0);
-        assert_eq!(book.without_pod(), 0);
+        assert_eq!(book.without_pod().count(), 0);
     }
 
     #[test]

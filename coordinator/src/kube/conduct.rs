@@ -1,8 +1,8 @@
 //! One run, from its object to its end: prepare, ask for nodes, coordinate, and obey what the object comes to say meanwhile.
 
 mod after;
+mod gather;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,17 +25,17 @@ use tracing::{Instrument as _, info_span};
 use super::defaults::Defaults;
 use super::evaluation::{outstanding, put_off, to_come};
 use super::gang::{Gangs, Standing};
-use super::job::{HOPELESS, WorkerLine, has_ended};
+use super::job::{WorkerLine, has_ended};
 use super::launcher::KubeLauncher;
 use super::plan::Plan;
 use super::pods::{PodFacts, Pods};
 use super::prepare::{Prepared, Refusal, find, prepare};
-use super::queue;
+use super::queue::Queues;
 use super::report::{Facts, Reporter, regrouped, share, trains};
 use super::resource::{Phase, SgclRun};
 use super::trace::{handed_on, span, trace};
 use super::{EVALUATES_LABEL, MANAGER, RUN_LABEL};
-use crate::launcher::{Ended, Launcher as _};
+use crate::launcher::Launcher as _;
 use crate::machine::{ON_REQUEST, Outcome};
 use crate::metrics::Measures;
 use crate::server::Coordinator;
@@ -45,20 +45,12 @@ use crate::view::RunView;
 
 /// Holds an object until its workers have committed.
 pub const FINALIZER: &str = "sgcl.dev/commit";
-/// Once enough nodes run, the others are waited for so long.
-const TOGETHER: Duration = Duration::from_secs(20);
-/// A run that is to give way does so after so long: the scheduler may be at work.
-const GIVE_WAY: Duration = Duration::from_secs(15);
-/// A node that has lived so long before training began did not fail.
-const PATIENT: Duration = Duration::from_secs(300);
 /// A commit that was asked for is waited for so long.
 const COMMIT: Duration = Duration::from_secs(180);
 /// Pauses between two tries of what may pass.
 const PAUSES: [u64; 5] = [1, 2, 5, 10, 20];
 /// Time that nodes have to end once they were sent home, and then to be ended.
 const SENT_HOME: Duration = Duration::from_secs(15);
-/// Exit code of a node that was told to leave.
-const YIELDED: i32 = 75;
 
 /// What all runs of a leader share.
 pub struct Shared {
@@ -74,6 +66,8 @@ pub struct Shared {
     pub board: Switchboard,
     /// Workers' pods.
     pub pods: Pods,
+    /// What admits nodes, where something does.
+    pub queues: Queues,
     /// Who holds nodes.
     pub gangs: Gangs,
     /// How the runs are doing.
@@ -270,8 +264,8 @@ impl Conductor {
         }
         let evaluations = to_come(&FollowUp::all(&prepared.spec.config));
         let training = before == status::Phase::Running;
-        if let Some(queue) = plan.pods.queue.as_ref().filter(|_| !training)
-            && let Some(message) = queue::missing(&self.shared.client, &self.shared.namespace, queue).await
+        if let Some(queue) = &plan.pods.queue
+            && let Some(message) = self.shared.queues.missing(queue).await.filter(|_| !training)
         {
             return Ok(Next::Retry(message));
         }
@@ -330,107 +324,6 @@ impl Conductor {
         }
     }
 
-    /// Asks for nodes and waits until enough of them run. A gang is kept together here, before anything is trained.
-    #[allow(clippy::too_many_arguments)]
-    async fn gather(
-        &mut self,
-        wish: Wish,
-        object: &mut watch::Receiver<Arc<SgclRun>>,
-        plan: &Plan,
-        launcher: &KubeLauncher,
-        news: &mut mpsc::UnboundedReceiver<PodFacts>,
-        facts: &mut Facts,
-        training: bool,
-    ) -> Result<Option<Next>> {
-        while let Ok(pod) = news.try_recv() {
-            launcher.pod(&pod);
-        }
-        if training && launcher.running() > 0 {
-            // Somebody trains: that must not wait for whoever is missing.
-            return Ok(None);
-        }
-        let (ended, mut ends) = mpsc::unbounded_channel();
-        // Attempt and time of each slot's launch, and those that are to come.
-        let (mut attempts, mut later) = (BTreeMap::new(), BTreeMap::<u32, Instant>::new());
-        for slot in 0..plan.nodes {
-            launcher.launch(slot, 0, &self.shared.url, ended.clone())?;
-            attempts.insert(slot, (0, Instant::now()));
-        }
-        let (mut enough, mut failures, mut yielding) = (None, 0, None);
-        let made = object.borrow().creation_timestamp().map_or(jiff::Timestamp::UNIX_EPOCH, |made| made.0);
-        let mut gangs = self.shared.gangs.changes();
-        loop {
-            for (slot, _) in later.extract_if(.., |_, due| *due <= Instant::now()) {
-                let attempt = attempts.get(&slot).map_or(0, |(attempt, _)| *attempt);
-                launcher.launch(slot, attempt, &self.shared.url, ended.clone())?;
-            }
-            let running = launcher.running();
-            let holds = Standing::Holds { priority: launcher.priority(), made };
-            self.shared.gangs.stand(&self.name, (running > 0).then_some(holds));
-            if running < plan.min_nodes && self.shared.gangs.gives_way(&self.name) {
-                if yielding.get_or_insert_with(Instant::now).elapsed() >= GIVE_WAY {
-                    launcher.kill_all();
-                    let message = format!(
-                        "{running} of at least {} nodes ran; gave them back so that another run can begin",
-                        plan.min_nodes
-                    );
-                    return Ok(Some(Next::Retry(message)));
-                }
-            } else {
-                yielding = None;
-            }
-            if running >= plan.min_nodes {
-                let since = *enough.get_or_insert(Instant::now());
-                if running >= plan.nodes || since.elapsed() >= TOGETHER {
-                    return Ok(None);
-                }
-            } else {
-                enough = None;
-            }
-            let missing = format!("{running} of at least {} nodes run", plan.min_nodes);
-            facts.message = Some(match launcher.waiting() {
-                Some((_, message)) => format!("{missing}: {message}"),
-                None => missing,
-            });
-            facts.started = running;
-            self.reporter.tell(facts).await;
-            let look = [enough.map(|since| since + TOGETHER), yielding.map(|since| since + GIVE_WAY)];
-            let look = look.into_iter().flatten().chain(later.values().copied()).min();
-            tokio::select! {
-                Some(pod) = news.recv() => launcher.pod(&pod),
-                Some(Ended { slot, attempt, code }) = ends.recv() => {
-                    let Some((current, since)) = attempts.get_mut(&slot).filter(|(current, _)| *current == attempt) else { continue };
-                    let words = launcher.said(slot).unwrap_or_else(|| format!("see `sgclctl logs {}`", self.name));
-                    let message = format!("a node ended with code {code} before training began: {words}");
-                    let now = object.borrow().clone();
-                    if HOPELESS.contains(&code) {
-                        return Ok(Some(self.fail(&now, message).await));
-                    }
-                    // A worker that has waited for long gives up: no failure.
-                    let failure = code != YIELDED && code != 0 && since.elapsed() < PATIENT;
-                    failures += u32::from(failure);
-                    if failures > plan.config.max_restarts {
-                        launcher.kill_all();
-                        let message = format!("{message}; {failures} did, maxRestarts allows {}", plan.config.max_restarts);
-                        return Ok(Some(self.fail(&now, message).await));
-                    }
-                    let pause = Duration::from_secs(PAUSES[(failures as usize).min(PAUSES.len() - 1)]);
-                    (*current, *since) = (*current + 1, Instant::now() + pause);
-                    later.insert(slot, *since);
-                }
-                changed = object.changed() => {
-                    changed.context("the controller is gone")?;
-                    if Wish::of(&object.borrow()) != wish {
-                        return Ok(Some(Next::Look));
-                    }
-                }
-                // The sender is ours.
-                _ = gangs.changed() => {}
-                () = sleep_until(look.unwrap_or_else(Instant::now)), if look.is_some() => {}
-            }
-        }
-    }
-
     /// Lets the run's coordinator work until it has an outcome.
     async fn coordinate(
         &mut self,
@@ -458,7 +351,7 @@ impl Conductor {
         let serving = async move { coordinator.attend(&board, url).await };
         let mut serving = AbortOnDropHandle::new(tokio::spawn(serving.in_current_span()));
         let (mut watching, mut changes, mut began) = (true, 0, None);
-        let mut give_up = None;
+        let (mut give_up, mut queues) = (None, self.shared.queues.held());
         // What waited for nodes says so no longer.
         let mut pending = true;
         loop {
@@ -481,6 +374,8 @@ impl Conductor {
                     launcher.pod(&pod);
                     pending = true;
                 }
+                // The sender is ours.
+                _ = queues.changed() => pending = true,
                 changed = object.changed() => {
                     changed.context("the controller is gone")?;
                     let now = Wish::of(&object.borrow());
@@ -510,7 +405,7 @@ impl Conductor {
             }
             facts.pace = began.map(|(since, from)| (since.elapsed(), from));
             facts.phase = if seen.ranks > 0 { Phase::Running } else { Phase::Waiting };
-            facts.message = match launcher.waiting() {
+            facts.message = match launcher.waiting(&queues.borrow_and_update()) {
                 Some((_, message)) => Some(message),
                 None if seen.phase == WAITING_FOR_STORAGE => {
                     Some("the bucket does not answer; training waits for it".into())

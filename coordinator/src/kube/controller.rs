@@ -18,6 +18,7 @@ use super::conduct::{Shared, conduct};
 use super::defaults::{self, Defaults};
 use super::gang::Gangs;
 use super::pods::Pods;
+use super::queue::Queues;
 use super::resource::{Phase, SgclRun};
 use super::{GRPC_PORT, SERVICE, trust};
 use crate::metrics::Measures;
@@ -81,6 +82,7 @@ impl Leader {
             certificate,
             board: board.clone(),
             pods: pods.clone(),
+            queues: Queues::of(client.clone(), namespace.clone()),
             gangs: Gangs::default(),
             measures,
             defaults: defaults.clone(),

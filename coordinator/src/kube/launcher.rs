@@ -15,6 +15,7 @@ use super::book::{Book, Launch};
 use super::job::{NodeJob, WorkerLine, name};
 use super::plan::PodNeeds;
 use super::pods::PodFacts;
+use super::queue::Held;
 use super::{ATTEMPT_LABEL, RUN_LABEL, SLOT_LABEL};
 use crate::launcher::{Ended, Launcher};
 
@@ -74,12 +75,16 @@ impl KubeLauncher {
 
     /// A pod's news.
     pub fn pod(&self, facts: &PodFacts) {
-        let told = self.book().pod(facts);
+        let (told, goes) = {
+            let mut book = self.book();
+            let before = book.is_going(facts.slot, facts.number);
+            (book.pod(facts), !before && book.is_going(facts.slot, facts.number))
+        };
         if facts.lost && !told.is_empty() {
             // Nobody else would.
             tokio::spawn(self.clone().remove(facts.slot, facts.number));
         }
-        if self.inner.needs.queue.is_some() && !told.is_empty() {
+        if self.inner.needs.queue.is_some() && goes {
             tokio::spawn(self.clone().end_suspended(facts.slot, facts.number));
         }
         let ended = self.inner.ended.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -114,9 +119,9 @@ impl KubeLauncher {
         self.book().pods().map(|pod| pod.priority).max().unwrap_or(0)
     }
 
-    /// What keeps nodes from running, in one word and in full.
+    /// What keeps nodes from running, in one word and in full; `held` is what queues say of Jobs.
     #[must_use]
-    pub fn waiting(&self) -> Option<(String, String)> {
+    pub fn waiting(&self, held: &Held) -> Option<(String, String)> {
         if let Some(trouble) = self.inner.trouble.borrow().clone() {
             return Some(("Job".into(), trouble));
         }
@@ -125,12 +130,15 @@ impl KubeLauncher {
             return Some((waiting.reason, waiting.message));
         }
         // A queue holds a Job back by suspending it: then there is no pod that could say so.
-        let queue = self.inner.needs.queue.as_ref().filter(|_| book.without_pod() > 0)?;
-        let held = book.without_pod();
-        let message = format!(
-            "{held} node(s) wait for queue {queue} to admit them; `kubectl get workloads` says what it lacks, spec.queue names another"
-        );
-        Some(("Queue".into(), message))
+        let queue = self.inner.needs.queue.as_ref()?;
+        let jobs: Vec<String> = book.without_pod().map(|(slot, number)| name(&self.inner.run, slot, number)).collect();
+        let said = jobs
+            .iter()
+            .find_map(|job| held.get(job))
+            .map_or("`kubectl get workloads` says what it lacks", String::as_str);
+        let message =
+            format!("{} node(s) wait for queue {queue} to admit them: {said}; spec.queue names another", jobs.len());
+        (!jobs.is_empty()).then(|| ("Queue".into(), message))
     }
 
     /// Ends nodes of slots that the run no longer has.
@@ -192,14 +200,14 @@ impl KubeLauncher {
         self.remove(slot, number).await;
     }
 
-    /// Deletes a Job that its queue has suspended, which is how a queue takes a node back. Left alone it would be started again one day,
-    /// as a node that nobody waits for, beside the Job that is asked for in its place.
+    /// Deletes a Job that its queue has suspended, which is how a queue takes a node back; its pod ends by itself. Left alone it would be
+    /// started again one day, as a node that nobody waits for, beside the Job that is asked for in its place.
     async fn end_suspended(self, slot: u32, number: u32) {
         let labels = format!("{RUN_LABEL}={},{SLOT_LABEL}={slot},{ATTEMPT_LABEL}={number}", self.inner.run);
         let listed = self.inner.jobs.list(&ListParams::default().labels(&labels)).await;
         let suspended = |job: &Job| job.spec.as_ref().and_then(|spec| spec.suspend) == Some(true);
         match listed {
-            Ok(jobs) if jobs.iter().any(suspended) => self.remove(slot, number).await,
+            Ok(jobs) if jobs.iter().any(suspended) => self.remove_job(slot, number).await,
             Ok(_) => {}
             Err(error) => {
                 tracing::warn!(%error, run = self.inner.run, slot, "whether its queue took a node back is not known")
@@ -207,22 +215,29 @@ impl KubeLauncher {
         }
     }
 
-    /// Deletes a Job and its pod.
+    /// Deletes a Job, and its pod at once.
     async fn remove(self, slot: u32, number: u32) {
-        let job = name(&self.inner.run, slot, number);
-        tracing::info!(job, "ending a node that was given up");
-        let told = |what: &str, result: kube::Result<()>| match result {
-            Err(kube::Error::Api(status)) if status.code == 404 => {}
-            Err(error) => tracing::warn!(%error, job, "{what} was not deleted"),
-            Ok(()) => {}
-        };
-        let deleted = self.inner.jobs.delete(&job, &DeleteParams::background()).await;
-        told("the Job", deleted.map(drop));
+        self.remove_job(slot, number).await;
         let pod = self.book().pod_of(slot, number).filter(|pod| !pod.gone).map(|pod| pod.name.clone());
         if let Some(pod) = pod {
             let deleted = self.inner.pods.delete(&pod, &DeleteParams::default().grace_period(0)).await;
-            told("the pod", deleted.map(drop));
+            deleted_or_gone(&pod, deleted.map(drop));
         }
+    }
+
+    async fn remove_job(&self, slot: u32, number: u32) {
+        let job = name(&self.inner.run, slot, number);
+        tracing::info!(run = self.inner.run, job, "ending a node that was given up");
+        let deleted = self.inner.jobs.delete(&job, &DeleteParams::background()).await;
+        deleted_or_gone(&job, deleted.map(drop));
+    }
+}
+
+fn deleted_or_gone(what: &str, deleted: kube::Result<()>) {
+    match deleted {
+        Err(kube::Error::Api(status)) if status.code == 404 => {}
+        Err(error) => tracing::warn!(%error, "{what} was not deleted"),
+        Ok(()) => {}
     }
 }
 

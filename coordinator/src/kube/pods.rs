@@ -11,9 +11,8 @@ use kube::{Api, ResourceExt};
 use tokio::sync::mpsc;
 
 use super::{ATTEMPT_LABEL, MANAGER, RUN_LABEL, SLOT_LABEL};
+use crate::machine::YIELDED;
 
-/// Exit code of a node that was told to leave.
-const YIELDED: i32 = 75;
 /// Code of a pod that went without saying how: killed.
 const KILLED: i32 = 137;
 
@@ -34,6 +33,10 @@ pub struct PodFacts {
     pub priority: i32,
     /// The worker's process runs.
     pub running: bool,
+    /// It runs or ran.
+    pub started: bool,
+    /// It was told to end.
+    pub leaving: bool,
     /// It was evicted, preempted, or its machine is gone: no failure of the run's.
     pub disrupted: bool,
     /// Its machine does not answer: the kubelet that would say how it ended may be gone with it.
@@ -83,6 +86,8 @@ impl PodFacts {
             machine: pod.spec.as_ref().and_then(|spec| spec.node_name.clone()),
             priority: pod.spec.as_ref().and_then(|spec| spec.priority).unwrap_or(0),
             running: runs && !lost && pod.metadata.deletion_timestamp.is_none(),
+            leaving: pod.metadata.deletion_timestamp.is_some(),
+            started: phase == "Running" || ended.is_some(),
             disrupted,
             lost,
             ended,
@@ -100,7 +105,8 @@ impl PodFacts {
             Some(_) | None if self.disrupted && (self.ended.is_some() || self.gone) => Some(YIELDED),
             Some(code) => Some(code),
             None if self.lost => Some(YIELDED),
-            None if self.gone => Some(KILLED),
+            // A queue or a person took it away before its process was there to be told.
+            None if self.gone => Some(if self.started { KILLED } else { YIELDED }),
             None => None,
         }
     }
@@ -304,6 +310,12 @@ mod tests {
         let running = facts(json!({ "phase": "Running" }));
         assert_eq!(running.code(), None);
         assert_eq!(PodFacts { gone: true, ..running }.code(), Some(137));
+        let waiting = facts(json!({ "phase": "Pending" }));
+        assert_eq!(
+            PodFacts { gone: true, ..waiting }.code(),
+            Some(75),
+            "it was taken away before it began: nothing failed"
+        );
     }
 
     #[test]

@@ -119,6 +119,7 @@ impl Machine {
         ready.iter().for_each(|(node, _)| *by_node.entry(node).or_default() += 1);
         let whole = by_node.values().filter(|&&ranks| ranks == ranks_per_node).count() as u32;
         let waited = now.duration_since(since) >= startup_timeout;
+        self.enough = self.enough.filter(|_| whole >= min_nodes);
         if self.episode.is_some() {
             // Memory holds the state: go on with whoever is there. Those who must leave do not wait for more.
             let leaves = |node: &String| self.nodes.get(node).is_some_and(|node| node.leaving);
@@ -146,8 +147,11 @@ impl Machine {
         } else if let Some(reason) = self.stop.clone() {
             self.end(now, Outcome::Suspended { reason }, effects);
             self.advance(now, effects);
-        } else if whole >= nodes || waited && whole >= min_nodes {
+        } else if whole >= nodes || whole >= min_nodes && (waited || self.came_together(now)) {
             self.form(now, ready, effects);
+        } else if whole >= min_nodes {
+            // Whoever comes later joins.
+            self.enough.get_or_insert(now);
         } else if waited {
             let message = format!(
                 "{whole} of at least {min_nodes} nodes came within {} s; look at the workers' logs",
@@ -156,6 +160,12 @@ impl Machine {
             self.end(now, Outcome::Failed { message, code: 1 }, effects);
             self.advance(now, effects);
         }
+    }
+
+    /// Whether those who have come need wait for no others: a queue or a full cluster may keep them for hours.
+    fn came_together(&self, now: Instant) -> bool {
+        let starting = self.ranks.values().any(|rank| rank.state == RankState::Starting && !rank.killed);
+        !starting && self.enough.is_some_and(|since| now.duration_since(since) >= TOGETHER)
     }
 
     pub(super) fn form(&mut self, now: Instant, places: Vec<Place>, effects: &mut Vec<Effect>) {
@@ -168,7 +178,7 @@ impl Machine {
             let (place, nodes) = (place.clone(), nodes.clone());
             effects.push(Effect::Assign { place, generation: self.generation, rank, nodes });
         }
-        self.newcomers = None;
+        (self.newcomers, self.enough) = (None, None);
         self.state =
             State::Forming { heard: now, members: Members { world: places.len(), places, ..Members::default() } };
     }

@@ -126,6 +126,33 @@ fn ranks_are_dealt_node_by_node_and_meet_at_rank_0s_store() {
 }
 
 #[test]
+fn a_run_begins_with_enough_nodes_and_the_others_join_it() {
+    let mut run = Run::new(3, 1, 1, 0);
+    assert!(places(&run.join("a", 0)).is_empty());
+    assert!(places(&run.wait(19)).is_empty(), "others may be on their way");
+    run.on(joined("b", 1, &[]));
+    assert!(places(&run.wait(30)).is_empty(), "who has come is waited for");
+    let assigned = run.ready("b", 0, 0);
+    assert_eq!(places(&assigned), [place("a", 0), place("b", 0)]);
+    run.reunite(&assigned, 0);
+    run.step(5);
+    let pause = run.join("c", 2);
+    assert!(pause.iter().any(|effect| matches!(effect, Effect::Pause { .. })), "{pause:?}");
+}
+
+#[test]
+fn enough_nodes_must_be_there_together() {
+    let mut run = Run::new(3, 1, 2, 9);
+    run.join("a", 0);
+    run.join("b", 1);
+    run.wait(15);
+    run.lose("b");
+    run.wait(15);
+    assert!(places(&run.join("d", 1)).is_empty(), "the twenty seconds begin anew");
+    assert_eq!(places(&run.wait(21)), [place("a", 0), place("d", 0)]);
+}
+
+#[test]
 fn a_commit_is_made_once_all_ranks_have_written_and_told_to_all() {
     let mut run = Run::training(1, 2, 0);
     let parts = |node: &str| Event::PartsWritten { generation: 1, place: place(node, 0), step: 5 };

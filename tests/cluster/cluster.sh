@@ -185,7 +185,8 @@ kill_node() {                        # first what restarts things, then every pr
   local i=$1 c p
   kill -9 "$(cat "$STATE/kubelet-$i.pid")" "$(cat "$STATE/containerd-$i.pid")" 2>/dev/null || true
   for c in $(find /sys/fs/cgroup -path "*/testcluster/node-$i/*" -name cgroup.procs); do
-    for p in $(cat "$c"); do kill -9 "$p" 2>/dev/null || true; done
+    # 0 is a process of another cluster's namespace, and to kill it would be to kill this script's own group.
+    for p in $(grep -vx 0 "$c"); do kill -9 "$p" 2>/dev/null || true; done
   done
 }
 

@@ -212,7 +212,9 @@ class Cluster:
         (STATE / "ready").unlink(missing_ok=True)
         STATE.mkdir(parents=True, exist_ok=True)
         self.log = (STATE / "up.log").open("w")
-        self.process = subprocess.Popen([CLUSTER, "up", "3"], stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log, env=ENV)
+        # It ends with this process, however that ends.
+        self.process = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", CLUSTER, "up", "3"], stdin=subprocess.DEVNULL,
+                                        stdout=self.log, stderr=self.log, env=ENV)
         wait_for("three nodes are ready; see " + self.log.name, lambda: (STATE / "ready").exists() or self.dead(), 120)
 
         self.try_out()

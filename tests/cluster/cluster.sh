@@ -173,8 +173,11 @@ start_node() {
   node_files "$i"
   cgroups "$i"
   ip addr replace "10.200.0.$((10 + i))/32" dev lo
+  rm -f "$STATE/log/containerd-$i.log" # of the node's life before
   start "containerd-$i" containerd -c "$d/containerd.toml"
   until ctr -a "$d/containerd.sock" version >/dev/null 2>&1; do sleep 0.2; done
+  # A kubelet that comes before the part which it speaks with is ready ends at once.
+  until grep -q "Start streaming server" "$STATE/log/containerd-$i.log"; do sleep 0.1; done
   ctr -a "$d/containerd.sock" -n k8s.io images import "$STATE/pause.tar" >/dev/null
   start "kubelet-$i" "$SERVER" kubelet --kubeconfig="$STATE/pki/node-$i.kubeconfig" --config="$d/kubelet.yaml" \
     --hostname-override="node-$i" --node-ip="10.200.0.$((10 + i))" --root-dir="$d/kubelet" \

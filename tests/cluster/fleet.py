@@ -111,11 +111,10 @@ def runs_with(predicate):
 
 def fleet():
     """200 runs of five nodes on fake machines: memory, requests, time from submit to Job, restart of the coordinator."""
-    kwok_program = go_program("kwok", KWOK)
     stages = STATE / "stages.yaml"
     stages.write_text(STAGES)
     log = (STATE / "log/kwok.log").open("w")
-    kwok = subprocess.Popen([CLUSTER, "exec", kwok_program, "--kubeconfig", STATE / "pki/admin.kubeconfig", "--config", stages,
+    kwok = subprocess.Popen([CLUSTER, "exec", go_program("kwok", KWOK), "--kubeconfig", STATE / "pki/admin.kubeconfig", "--config", stages,
                              "--manage-nodes-with-annotation-selector", "kwok.x-k8s.io/node=fake",
                              # This cluster takes a machine for lost after 8 s.
                              "--node-lease-duration-seconds", "8"],

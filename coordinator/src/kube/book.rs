@@ -4,12 +4,20 @@
 //! number is its own: the machine's where that is free, else the next one. A live Job that nobody asked for yet is taken as it is.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use super::pods::PodFacts;
 use crate::launcher::Ended;
 
 /// Failures on one machine, and on no other, after which the run avoids it.
 const BAD_MACHINE: u32 = 2;
+/// How long a pod must be lost before its node is given up for that alone, where nodes on other machines run. One that trained is known
+/// earlier by its silent line; this is for one that never joined, or not yet to a new coordinator.
+pub const LOST: Duration = Duration::from_secs(5);
+/// The same where all are lost. When an API server comes back from an outage, the node controller finds every kubelet's lease stale and
+/// calls all machines unready at once, though everything on them runs. A kubelet corrects that when its watch is back (client-go waits up
+/// to 30 s between tries) and it next compares statuses (every 10 s).
+const ALL_LOST: Duration = Duration::from_secs(45);
 
 /// A Job of this run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +27,8 @@ struct Entry {
     /// What the machine calls it, once it has asked.
     attempt: Option<u32>,
     pod: Option<PodFacts>,
+    /// Since when its pod has been lost, where it is.
+    lost: Option<Instant>,
     over: bool,
     /// Its end says nothing of its machine, or was counted.
     counted: bool,
@@ -55,7 +65,7 @@ impl Book {
     pub fn known(&mut self, jobs: impl IntoIterator<Item = (u32, u32, bool)>) {
         for (slot, number, over) in jobs {
             if !self.entries.iter().any(|entry| (entry.slot, entry.number) == (slot, number)) {
-                self.entries.push(Entry { slot, number, attempt: None, pod: None, over, counted: over });
+                self.entries.push(Entry { slot, number, attempt: None, pod: None, lost: None, over, counted: over });
             }
         }
         self.entries.sort_by_key(|entry| (entry.slot, entry.number));
@@ -70,7 +80,15 @@ impl Book {
         }
         let last = self.entries.iter().filter(|entry| entry.slot == slot).map(|entry| entry.number).max();
         let number = last.map_or(attempt, |last| attempt.max(last + 1));
-        self.entries.push(Entry { slot, number, attempt: Some(attempt), pod: None, over: false, counted: false });
+        self.entries.push(Entry {
+            slot,
+            number,
+            attempt: Some(attempt),
+            pod: None,
+            lost: None,
+            over: false,
+            counted: false,
+        });
         let never = self.bad();
         let rather_not = self.suspects.get(&slot).filter(|machine| !never.contains(machine)).cloned();
         Launch::Create { number, never, rather_not: rather_not.into_iter().collect() }
@@ -91,13 +109,20 @@ impl Book {
         self.entries.iter_mut().for_each(|entry| entry.attempt = None);
     }
 
-    /// A pod's news; what the machine is told of it. It knows a node by the Job's number once that has joined, and by the attempt it asked
-    /// for before; what it does not know it passes over. The number goes first: it is never below the attempt.
-    pub fn pod(&mut self, facts: &PodFacts) -> Vec<Ended> {
+    /// A pod's news, at `now`; what the machine is told of it. One that is lost counts as ended once it has been so for long
+    /// enough. The machine knows a node by the Job's number once that has joined, and by the attempt it asked for before; what it does not
+    /// know it passes over. The number goes first: it is never below the attempt.
+    pub fn pod(&mut self, facts: &PodFacts, now: Instant) -> Vec<Ended> {
+        let elsewhere = self.pods().any(|pod| pod.running && pod.machine != facts.machine);
+        let patience = if elsewhere { LOST } else { ALL_LOST };
         let Some(entry) = self.entries.iter_mut().find(|e| (e.slot, e.number) == (facts.slot, facts.number)) else {
             return Vec::new();
         };
         entry.pod = Some(facts.clone());
+        entry.lost = (facts.lost && !facts.gone).then(|| entry.lost.unwrap_or(now));
+        if entry.lost.is_some_and(|since| now.saturating_duration_since(since) < patience) {
+            return Vec::new();
+        }
         let Some(code) = facts.code() else { return Vec::new() };
         let (told, counted) = (std::mem::replace(&mut entry.over, true), std::mem::replace(&mut entry.counted, true));
         let (slot, number, attempt) = (entry.slot, entry.number, entry.attempt);
@@ -151,6 +176,13 @@ impl Book {
     #[must_use]
     pub fn pod_of(&self, slot: u32, number: u32) -> Option<&PodFacts> {
         self.entries.iter().find(|entry| (entry.slot, entry.number) == (slot, number))?.pod.as_ref()
+    }
+
+    /// The news of a pod that is lost and not yet given up.
+    #[must_use]
+    pub fn still_lost(&self, slot: u32, number: u32) -> Option<PodFacts> {
+        let entry = self.entries.iter().find(|entry| (entry.slot, entry.number) == (slot, number))?;
+        entry.pod.clone().filter(|pod| pod.lost && !entry.over)
     }
 
     /// Whether a Job's pod has ended or is gone.
@@ -231,7 +263,7 @@ mod tests {
     fn a_new_run_numbers_its_jobs_as_the_machine_does() {
         let mut book = Book::default();
         assert_eq!(created(&book.launch(0, 0)), 0);
-        let told = book.pod(&pod(0, 0, "a", Some(75)));
+        let told = book.pod(&pod(0, 0, "a", Some(75)), Instant::now());
         assert_eq!(told.iter().map(|e| (e.attempt, e.code)).collect::<Vec<_>>(), [(0, 75)]);
         assert_eq!(created(&book.launch(0, 1)), 1);
     }
@@ -249,7 +281,7 @@ mod tests {
         let mut book = Book::default();
         book.known([(0, 0, true), (0, 1, false), (0, 2, false), (1, 4, true)]);
         assert_eq!(book.adopt(), [(0, 2)]);
-        let told = book.pod(&pod(0, 2, "a", Some(75)));
+        let told = book.pod(&pod(0, 2, "a", Some(75)), Instant::now());
         assert_eq!(told.iter().map(|e| (e.slot, e.attempt, e.code)).collect::<Vec<_>>(), [(0, 2, 75)]);
         assert_eq!(book.adopt(), [(0, 1)]);
     }
@@ -259,16 +291,16 @@ mod tests {
         let mut book = Book::default();
         book.known([(0, 6, true)]);
         assert_eq!(created(&book.launch(0, 0)), 7);
-        let told = book.pod(&pod(0, 7, "a", Some(70)));
+        let told = book.pod(&pod(0, 7, "a", Some(70)), Instant::now());
         assert_eq!(told.iter().map(|e| e.attempt).collect::<Vec<_>>(), [7, 0]);
-        assert!(book.pod(&pod(0, 7, "a", Some(70))).is_empty(), "once");
+        assert!(book.pod(&pod(0, 7, "a", Some(70)), Instant::now()).is_empty(), "once");
     }
 
     #[test]
     fn a_node_that_is_given_up_makes_its_machine_the_last_choice_for_the_next() {
         let mut book = Book::default();
         book.launch(0, 0);
-        book.pod(&pod(0, 0, "a", None));
+        book.pod(&pod(0, 0, "a", None), Instant::now());
         assert_eq!(book.discard(0, 0), Some(0));
         assert_eq!(book.discard(0, 0), None, "it is given up already");
         let next = book.launch(0, 1);
@@ -280,14 +312,14 @@ mod tests {
         let mut book = Book::default();
         for attempt in 0..2 {
             assert_eq!(created(&book.launch(0, attempt)), attempt);
-            book.pod(&pod(0, attempt, "bad", None));
+            book.pod(&pod(0, attempt, "bad", None), Instant::now());
             book.discard(0, attempt);
-            assert!(book.pod(&pod(0, attempt, "bad", Some(139))).is_empty(), "the machine knows");
+            assert!(book.pod(&pod(0, attempt, "bad", Some(139)), Instant::now()).is_empty(), "the machine knows");
         }
         assert!(matches!(book.launch(0, 2), Launch::Create { never, .. } if never == ["bad"]));
-        book.pod(&pod(0, 2, "good", None));
+        book.pod(&pod(0, 2, "good", None), Instant::now());
         book.discard_beyond(0);
-        book.pod(&pod(0, 2, "good", Some(137)));
+        book.pod(&pod(0, 2, "good", Some(137)), Instant::now());
         assert!(matches!(book.launch(0, 3), Launch::Create { never, .. } if never == ["bad"]), "we ended that one");
     }
 
@@ -296,11 +328,50 @@ mod tests {
         let mut book = Book::default();
         for attempt in 0..2 {
             assert_eq!(created(&book.launch(0, attempt)), attempt);
-            book.pod(&pod(0, attempt, "bad", Some(139)));
+            book.pod(&pod(0, attempt, "bad", Some(139)), Instant::now());
         }
         assert!(matches!(book.launch(0, 2), Launch::Create { never, .. } if never == ["bad"]));
-        book.pod(&pod(0, 2, "good", Some(139)));
+        book.pod(&pod(0, 2, "good", Some(139)), Instant::now());
         assert!(matches!(book.launch(0, 3), Launch::Create { never, .. } if never.is_empty()), "it is not the machine");
+    }
+
+    #[test]
+    fn all_machines_away_for_a_moment_cost_no_node_and_one_that_stays_away_does() {
+        let mut book = Book::default();
+        book.launch(0, 0);
+        book.launch(1, 0);
+        let (begin, second) = (Instant::now(), Duration::from_secs(1));
+        let well = [pod(0, 0, "a", None), pod(1, 0, "b", None)];
+        let lost = well.clone().map(|pod| PodFacts { lost: true, running: false, ..pod });
+        let tell = |book: &mut Book, pod: &PodFacts, at| {
+            book.pod(pod, at).iter().map(|end| (end.slot, end.code)).collect::<Vec<_>>()
+        };
+        for at in [begin, begin + LOST * 2, begin + ALL_LOST - second] {
+            assert_eq!(lost.each_ref().map(|pod| tell(&mut book, pod, at)), [vec![], vec![]]);
+        }
+        assert_eq!(book.still_lost(1, 0), Some(lost[1].clone()));
+        // One is back.
+        let at = begin + ALL_LOST;
+        assert_eq!(tell(&mut book, &well[1], at), []);
+        assert_eq!(book.still_lost(1, 0), None);
+        assert_eq!(tell(&mut book, &lost[0], at), [(0, crate::machine::YIELDED)]);
+        assert_eq!(book.still_lost(0, 0), None, "it was given up");
+        // The time begins anew, and is short while another runs.
+        book.launch(0, 1);
+        assert_eq!(tell(&mut book, &pod(0, 1, "c", None), at), []);
+        assert_eq!(tell(&mut book, &lost[1], at), []);
+        assert_eq!(tell(&mut book, &lost[1], at + LOST - second), []);
+        assert_eq!(tell(&mut book, &lost[1], at + LOST), [(1, crate::machine::YIELDED)]);
+    }
+
+    #[test]
+    fn a_lost_pod_that_is_deleted_has_ended_at_once() {
+        let mut book = Book::default();
+        book.launch(0, 0);
+        let lost = PodFacts { lost: true, running: false, ..pod(0, 0, "a", None) };
+        assert!(book.pod(&lost, Instant::now()).is_empty());
+        let told = book.pod(&PodFacts { gone: true, ..lost }, Instant::now());
+        assert_eq!(told.len(), 1);
     }
 
     #[test]
@@ -309,7 +380,7 @@ mod tests {
         book.launch(0, 0);
         book.launch(1, 0);
         assert_eq!(book.without_pod().collect::<Vec<_>>(), [(0, 0), (1, 0)]);
-        book.pod(&pod(0, 0, "a", None));
+        book.pod(&pod(0, 0, "a", None), Instant::now());
         book.discard(1, 0);
         assert_eq!(book.without_pod().count(), 0);
     }
@@ -319,7 +390,7 @@ mod tests {
         let mut book = Book::default();
         for (attempt, code) in [(0, 75), (1, 65), (2, 0)] {
             book.launch(0, attempt);
-            book.pod(&pod(0, attempt, "a", Some(code)));
+            book.pod(&pod(0, attempt, "a", Some(code)), Instant::now());
         }
         assert!(matches!(book.launch(0, 3), Launch::Create { never, .. } if never.is_empty()));
     }

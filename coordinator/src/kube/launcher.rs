@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
@@ -11,7 +11,7 @@ use kube::api::{DeleteParams, ListParams, PostParams};
 use kube::{Api, ResourceExt};
 use tokio::sync::{Semaphore, mpsc, watch};
 
-use super::book::{Book, Launch};
+use super::book::{Book, LOST, Launch};
 use super::job::{NodeJob, WorkerLine, name};
 use super::plan::PodNeeds;
 use super::pods::PodFacts;
@@ -78,11 +78,13 @@ impl KubeLauncher {
         let (told, goes) = {
             let mut book = self.book();
             let before = book.is_going(facts.slot, facts.number);
-            (book.pod(facts), !before && book.is_going(facts.slot, facts.number))
+            (book.pod(facts, Instant::now()), !before && book.is_going(facts.slot, facts.number))
         };
-        if facts.lost && !told.is_empty() {
+        match (facts.lost, told.is_empty()) {
             // Nobody else would.
-            tokio::spawn(self.clone().remove(facts.slot, facts.number));
+            (true, false) => drop(tokio::spawn(self.clone().remove(facts.slot, facts.number))),
+            (true, true) => drop(tokio::spawn(self.clone().look_again(facts.slot, facts.number))),
+            (false, _) => {}
         }
         if self.inner.needs.queue.is_some() && goes {
             tokio::spawn(self.clone().end_suspended(facts.slot, facts.number));
@@ -198,6 +200,15 @@ impl KubeLauncher {
             return;
         }
         self.remove(slot, number).await;
+    }
+
+    /// A machine that is gone sends no more news of its pods. Looks again and again: what is waited for depends on the other nodes.
+    async fn look_again(self, slot: u32, number: u32) {
+        tokio::time::sleep(LOST).await;
+        let lost = self.book().still_lost(slot, number);
+        if let Some(facts) = lost {
+            self.pod(&facts);
+        }
     }
 
     /// Deletes a Job that its queue has suspended, which is how a queue takes a node back; its pod ends by itself. Left alone it would be

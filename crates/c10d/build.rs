@@ -22,7 +22,14 @@ fn main() {
         .include(libtorch.join("include/torch/csrc/api/include"))
         .define("USE_DISTRIBUTED", None)
         .define("USE_C10D_GLOO", None)
-        .files(["shim/store.cpp", "shim/group.cpp", "shim/reducer.cpp", "shim/optim.cpp", "shim/norm.cpp"]);
+        .files([
+            "shim/store.cpp",
+            "shim/group.cpp",
+            "shim/reducer.cpp",
+            "shim/optim.cpp",
+            "shim/norm.cpp",
+            "shim/copy.cpp",
+        ]);
     if env::var_os("CARGO_FEATURE_NCCL").is_some() {
         shim.define("USE_C10D_NCCL", None).define("USE_CUDA", None).includes(cuda_headers()).include("shim/cuda_math");
     }

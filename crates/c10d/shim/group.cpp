@@ -7,8 +7,11 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #endif
 
+#include <atomic>
+#include <chrono>
 #include <exception>
 #include <mutex>
+#include <thread>
 #include <unordered_set>
 
 #include "guard.h"
@@ -77,9 +80,68 @@ class Gloo : public c10d::ProcessGroupGloo {
   }
 };
 
+#ifdef USE_C10D_NCCL
+// Collectives over NCCL are queued on the device and return at once. One that is aborted leaves the queue like one that is through, with
+// whatever is in its output, and libtorch's work says nothing of it: what a rank makes of that would be handed to the others as the newest
+// state. So a collective is waited for here, and nobody but us aborts.
+class Nccl : public c10d::ProcessGroupNCCL {
+ public:
+  using c10d::ProcessGroupNCCL::ProcessGroupNCCL;
+
+  void abort() override {
+    // Before any kernel ends by it.
+    aborted_ = true;
+    c10d::ProcessGroupNCCL::abort();
+  }
+
+  void shutdown() override {
+    left_ = true;
+    c10d::ProcessGroupNCCL::shutdown();
+  }
+
+  // Returns once the collective, and with it all that was queued before, has happened on the device. A communicator that is aborted stays
+  // so: an output that nobody waited for on the host, such as the reducer's, is sound if a later collective is.
+  void finish(const c10::intrusive_ptr<c10d::Work>& work) {
+    const auto began = std::chrono::steady_clock::now();
+    while (!work->isCompleted() && !aborted_) {
+      // Most take microseconds. Whoever waits for another rank leaves the core to those that decode.
+      if (std::chrono::steady_clock::now() - began < std::chrono::milliseconds(1)) {
+        std::this_thread::yield();
+      } else {
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+      }
+    }
+    TORCH_CHECK_WITH(DistBackendError, !aborted_, "the NCCL communicator was aborted by this process");
+    if (work->exception()) {
+      broken_ = true;
+      std::rethrow_exception(work->exception());
+    }
+    work->wait();
+  }
+
+  // Gives the communicator back; a destructor would not. In good order, where there is one.
+  void leave() {
+    if (aborted_ || left_) return;
+    if (broken_) {
+      abort();
+    } else {
+      shutdown();
+    }
+  }
+
+ private:
+  std::atomic<bool> aborted_{false};
+  std::atomic<bool> broken_{false};
+  std::atomic<bool> left_{false};
+};
+#endif
+
 at::Tensor& tensor(void* pointer) { return *static_cast<at::Tensor*>(pointer); }
 
-void finish(const c10::intrusive_ptr<c10d::Work>& work) {
+void finish(const c10::intrusive_ptr<c10d::Backend>& backend, const c10::intrusive_ptr<c10d::Work>& work) {
+#ifdef USE_C10D_NCCL
+  if (auto* nccl = dynamic_cast<Nccl*>(backend.get())) return nccl->finish(work);
+#endif
   TORCH_CHECK_WITH(DistBackendError, work->wait(), "the collective was aborted");
 }
 
@@ -125,11 +187,12 @@ int32_t sgcl_group_gloo(SgclStore* store, int32_t rank, int32_t world, int64_t t
 int32_t sgcl_group_nccl(SgclStore* store, int32_t rank, int32_t world, int64_t timeout_ms, int32_t device, SgclGroup** out,
                         char** message) {
   return guarded(message, [&] {
-    // Clean up a broken communicator and stay alive: the default takes the process down, and regrouping happens in process.
-    setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2", 0);
+    // The default takes the process down where a communicator breaks, and regrouping happens in process; to have libtorch's watchdog abort
+    // it instead would leave garbage in outputs unseen.
+    setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0", 1);
     auto options = c10d::ProcessGroupNCCL::Options::create();
     options->timeout = milliseconds(timeout_ms);
-    auto backend = c10::make_intrusive<c10d::ProcessGroupNCCL>(store->store, rank, world, options);
+    auto backend = c10::make_intrusive<Nccl>(store->store, rank, world, options);
     backend->setBoundDeviceId(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device)));
     *out = group_of(store->store, rank, world, c10::DeviceType::CUDA, c10d::ProcessGroup::BackendType::NCCL, backend);
   });
@@ -142,21 +205,21 @@ int32_t sgcl_all_reduce(SgclGroup* group, void* pointer, int32_t op, char** mess
     c10d::AllreduceOptions options;
     options.reduceOp = op == 0 ? c10d::ReduceOp::SUM : op == 1 ? c10d::ReduceOp::MAX : c10d::ReduceOp::MIN;
     std::vector<at::Tensor> tensors{tensor(pointer)};
-    finish(group->backend->allreduce(tensors, options));
+    finish(group->backend, group->backend->allreduce(tensors, options));
   });
 }
 
 int32_t sgcl_all_gather(SgclGroup* group, void* output, void* input, char** message) {
   return guarded(message, [&] {
     at::NoGradGuard no_grad;
-    finish(group->backend->_allgather_base(tensor(output), tensor(input)));
+    finish(group->backend, group->backend->_allgather_base(tensor(output), tensor(input)));
   });
 }
 
 int32_t sgcl_reduce_scatter(SgclGroup* group, void* output, void* input, char** message) {
   return guarded(message, [&] {
     at::NoGradGuard no_grad;
-    finish(group->backend->_reduce_scatter_base(tensor(output), tensor(input)));
+    finish(group->backend, group->backend->_reduce_scatter_base(tensor(output), tensor(input)));
   });
 }
 
@@ -166,12 +229,12 @@ int32_t sgcl_broadcast(SgclGroup* group, void* pointer, int32_t root, char** mes
     c10d::BroadcastOptions options;
     options.rootRank = root;
     std::vector<at::Tensor> tensors{tensor(pointer)};
-    finish(group->backend->broadcast(tensors, options));
+    finish(group->backend, group->backend->broadcast(tensors, options));
   });
 }
 
 int32_t sgcl_barrier(SgclGroup* group, char** message) {
-  return guarded(message, [&] { finish(group->backend->barrier()); });
+  return guarded(message, [&] { finish(group->backend, group->backend->barrier()); });
 }
 
 int32_t sgcl_group_set_timeout(SgclGroup* group, int64_t timeout_ms, char** message) {
@@ -187,6 +250,10 @@ int32_t sgcl_group_shutdown(SgclGroup* group, char** message) {
 }
 
 void sgcl_group_free(SgclGroup* group) {
+#ifdef USE_C10D_NCCL
+  // Whoever else holds the backend, a reducer for one, has no more use for it.
+  if (auto* nccl = dynamic_cast<Nccl*>(group->backend.get())) sgcl::swallowed([&] { nccl->leave(); });
+#endif
   sgcl::swallowed([&] { delete group; });
 }
 

@@ -63,6 +63,9 @@ void sgcl_reducer_free(SgclReducer* reducer);
 int32_t sgcl_sync_norm(void* x, void* scale, void* shift, void* running_mean, void* running_var, SgclGroup* group, double momentum,
                        double eps, void** out, char** message);
 
+// A copy of a tensor of the host on a GPU, by pinned memory, queued; *out is a new at::Tensor.
+int32_t sgcl_to_gpu(void* host, int32_t device, void** out, char** message);
+
 // One step of momentum SGD over `count` parameters of one kind and device.
 int32_t sgcl_sgd(void** params, void** grads, void** momenta, size_t count, double lr, double momentum, double weight_decay,
                  int32_t first, char** message);

@@ -126,6 +126,7 @@ unsafe extern "C" {
     pub(crate) fn sgcl_reducer_prepare(reducer: *mut SgclReducer, message: Message) -> i32;
     pub(crate) fn sgcl_backward(loss: *mut c_void, message: Message) -> i32;
     pub(crate) fn sgcl_reducer_free(reducer: *mut SgclReducer);
+    pub(crate) fn sgcl_to_gpu(host: *mut c_void, device: i32, out: *mut *mut c_void, message: Message) -> i32;
     pub(crate) fn sgcl_sync_norm(
         x: *mut c_void,
         scale: *mut c_void,

@@ -88,7 +88,7 @@ impl ProcessGroup {
 
     /// A group of tensors on CUDA device `device`. The communicator is made at the first collective.
     ///
-    /// Collectives are queued on the device like any kernel: an error shows at the next call, or as the watchdog's abort.
+    /// A collective returns once it, and with it all that was queued before, has happened on the device.
     ///
     /// # Errors
     /// No such device, or the store is gone.
@@ -252,7 +252,7 @@ impl ProcessGroup {
         check("abort", |message| unsafe { ffi::sgcl_group_abort(self.as_ptr(), message) })
     }
 
-    /// Leaves in good order, after the last collective. Dropping the group does the same for Gloo.
+    /// Leaves in good order, after the last collective. Dropping the group does the same.
     ///
     /// # Errors
     /// Work was still under way and failed.

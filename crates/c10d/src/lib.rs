@@ -1,5 +1,5 @@
 //! libtorch's own distributed training from Rust: rendezvous store, process groups (Gloo, NCCL), DDP's gradient reducer; and what else
-//! tch does not bind: fused optimisers, BatchNorm over ranks.
+//! tch does not bind: fused optimisers, BatchNorm over ranks, copies that nobody waits for.
 //!
 //! ```no_run
 //! # use sgcl_c10d::*; use std::time::Duration; use tch::{Device, Kind, Tensor};
@@ -21,6 +21,7 @@
 //!
 //! This crate holds the workspace's only `unsafe`: calls into the C++ shim of `shim/`, which lets no exception out.
 
+mod copy;
 mod error;
 mod ffi;
 mod group;
@@ -29,6 +30,7 @@ pub mod optim;
 mod reducer;
 mod store;
 
+pub use copy::to_device;
 pub use error::Error;
 pub use group::{Interface, ProcessGroup, Reduce};
 pub use reducer::{Buckets, Reducer, backward, zero_grad};

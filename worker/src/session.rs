@@ -194,11 +194,13 @@ impl Session {
     /// # Errors
     /// The coordinator went away.
     pub(crate) fn assignment(&mut self, step: Option<u64>, broken: Option<String>) -> Result<v1::Assignment> {
-        {
+        let left = {
             let mut shared = lock(&self.shared);
-            shared.group = None;
             shared.member = None;
-        }
+            shared.group.take()
+        };
+        // Leaving may take a moment.
+        drop(left);
         self.send(rank_event::Event::Ready(v1::Ready { step, broken: broken.unwrap_or_default() }));
         loop {
             match self.next()? {

@@ -226,7 +226,7 @@ fn views_depend_on_seed_epoch_and_patch_and_on_nothing_else() {
     }
     assert_ne!(all, render_batch(&params, &patches, 7, 3));
     assert_ne!(all, render_batch(&params, &patches, 8, 2));
-    let views = all.to_views(tch::Device::Cpu);
+    let views = all.to_views(tch::Device::Cpu).unwrap();
     assert_eq!((views.global.size(), views.local.unwrap().size()), (vec![5, 3, 32, 32], vec![20, 3, 16, 16]));
 }
 
@@ -238,14 +238,14 @@ fn a_key_view_is_another_global_one_and_leaves_the_others_as_they_were() {
         render_batch(&params, &patches, 7, 2),
         render_batch(&ViewParams { key: true, ..params.clone() }, &patches, 7, 2),
     );
-    assert!(without.key.is_empty() && without.to_views(tch::Device::Cpu).key.is_none());
+    assert!(without.key.is_empty() && without.to_views(tch::Device::Cpu).unwrap().key.is_none());
     assert_eq!((&with.global, &with.local), (&without.global, &without.local));
     assert_eq!(with.key.len(), with.global.len());
     let side = 3 * 32 * 32;
     for row in 0..3 {
         assert_ne!(with.key[row * side..][..side], with.global[row * side..][..side]);
     }
-    assert_eq!(with.to_views(tch::Device::Cpu).key.unwrap().size(), [3, 3, 32, 32]);
+    assert_eq!(with.to_views(tch::Device::Cpu).unwrap().key.unwrap().size(), [3, 3, 32, 32]);
 }
 
 #[test]

@@ -90,6 +90,7 @@ pub(crate) fn main(runtime: &Handle, args: &BareArgs, out: &mut impl Write) -> R
         from_step: 0,
         seed: config.seed,
         epoch: 0,
+        device: trainer.learner.device,
     };
     let loader = Loader::start(Arc::clone(&trainer.reader), Arc::clone(&trainer.pool), trainer.views.clone(), load)?;
     let lr = schedule::cosine(config.base_lr(world), 0, u64::from(config.epochs));

@@ -30,7 +30,8 @@ impl Trainer {
         let plan = Arc::new(plan);
         let mine = self.place.rank * accumulate;
         let mine = mine..mine + accumulate;
-        let load = EpochLoad { plan: Arc::clone(&plan), lanes: mine, from_step: 0, seed, epoch };
+        let load =
+            EpochLoad { plan: Arc::clone(&plan), lanes: mine, from_step: 0, seed, epoch, device: self.learner.device };
         let loader = Loader::start(Arc::clone(&self.reader), Arc::clone(&self.pool), self.views.clone(), load)?;
         for step in 0..plan.steps() {
             session.check()?;

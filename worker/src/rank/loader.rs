@@ -1,4 +1,4 @@
-//! Patches to batches, ahead of the step: read ▸ decode ▸ augment, on threads of their own.
+//! Patches to batches, ahead of the step: read ▸ decode ▸ augment ▸ to the device, on threads of their own.
 //!
 //! A batch is a pure function of (seed, epoch, patch ids): which thread, rank or process prepares it changes nothing.
 
@@ -8,9 +8,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use rayon::prelude::*;
-use sgcl::augment::{ViewBatch, ViewParams, render_batch};
+use sgcl::augment::{ViewParams, render_batch};
 use sgcl::image::RgbImage;
+use sgcl::model::Views;
 use sgcl_patchset::{EpochPlan, ShardReader};
+use tch::Device;
 
 /// Batches prepared ahead of the one being trained on.
 const AHEAD: usize = 2;
@@ -21,8 +23,8 @@ const LOOK: Duration = Duration::from_millis(20);
 pub(crate) struct LaneBatch {
     /// Patch ids, in plan order; empty where the uneven tail of an epoch has nothing for this lane.
     pub(crate) patches: Vec<u32>,
-    /// One global and four local views a patch, in host memory.
-    pub(crate) views: ViewBatch,
+    /// One global and four local views a patch.
+    pub(crate) views: Views,
 }
 
 /// What a loader needs to know of an epoch.
@@ -33,6 +35,8 @@ pub(crate) struct EpochLoad {
     pub(crate) from_step: usize,
     pub(crate) seed: u64,
     pub(crate) epoch: u64,
+    /// Where views go.
+    pub(crate) device: Device,
 }
 
 /// Batches of one epoch, in order: all lanes of a step, then those of the next.
@@ -55,7 +59,7 @@ impl Loader {
                 for step in load.from_step..load.plan.steps() {
                     for lane in load.lanes.clone() {
                         let patches = load.plan.batch_of(lane, step);
-                        let batch = pool.install(|| prepare(&reader, &views, patches, load.seed, load.epoch));
+                        let batch = pool.install(|| prepare(&reader, &views, patches, &load));
                         let failed = batch.is_err();
                         // A closed channel means that the epoch was abandoned: nothing is left to prepare.
                         if sender.send(batch).is_err() || failed {
@@ -85,7 +89,7 @@ impl Loader {
     }
 }
 
-fn prepare(reader: &ShardReader, views: &ViewParams, patches: &[u32], seed: u64, epoch: u64) -> Result<LaneBatch> {
+fn prepare(reader: &ShardReader, views: &ViewParams, patches: &[u32], load: &EpochLoad) -> Result<LaneBatch> {
     let images = patches
         .par_iter()
         .map(|&patch| {
@@ -93,5 +97,6 @@ fn prepare(reader: &ShardReader, views: &ViewParams, patches: &[u32], seed: u64,
             Ok((u64::from(patch), RgbImage::new(image.width, image.height, image.pixels)?))
         })
         .collect::<Result<Vec<_>>>()?;
-    Ok(LaneBatch { patches: patches.to_vec(), views: render_batch(views, &images, seed, epoch) })
+    let views = render_batch(views, &images, load.seed, load.epoch).to_views(load.device)?;
+    Ok(LaneBatch { patches: patches.to_vec(), views })
 }

@@ -354,7 +354,8 @@ impl Trainer {
 
     fn share_tensor(&self, mine: Option<Tensor>, shape: &[i64], kind: Kind, lead: usize) -> Result<Tensor> {
         let mut tensor = match mine {
-            Some(tensor) => tensor.contiguous(),
+            // Counters lie in host memory.
+            Some(tensor) => tensor.to_device(self.learner.device).contiguous(),
             None => Tensor::zeros(shape, (kind, self.learner.device)),
         };
         self.ring.broadcast(&mut tensor, lead)?;

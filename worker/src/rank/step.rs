@@ -251,7 +251,7 @@ impl Learner {
             let dense_keys = self.model.dense.as_ref().map(|_| none(dim));
             return Ok(Outputs { q: none(dim), x: none(backbone), ql, dense_keys, keys });
         }
-        let outputs = self.model.forward(&batch.views.to_views(self.device), true);
+        let outputs = self.model.forward(&batch.views, true);
         self.model.check_ranks()?;
         Ok(outputs)
     }

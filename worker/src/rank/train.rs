@@ -364,6 +364,7 @@ impl Trainer {
                 from_step: self.position.cursor,
                 seed: config.seed,
                 epoch,
+                device: self.learner.device,
             },
         )?;
         let lr = schedule::cosine(config.base_lr(world), epoch, u64::from(config.epochs));

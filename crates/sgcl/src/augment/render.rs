@@ -165,18 +165,20 @@ impl ViewBatch {
             .collect()
     }
 
-    /// Copies the batch to a device.
-    #[must_use]
-    pub fn to_views(&self, device: Device) -> Views {
+    /// Copies the batch to a device. On a GPU the copy is queued: nobody waits for it but what is computed from it.
+    ///
+    /// # Errors
+    /// No such device, or its memory is full.
+    pub fn to_views(&self, device: Device) -> Result<Views, sgcl_c10d::Error> {
         let tensor = |values: &[f32], px: u32| {
             let px = i64::from(px);
             // Of an empty batch the number of views cannot be told from what there is of it.
             let views = values.len() as i64 / (3 * px * px);
-            Tensor::from_slice(values).view([views, 3, px, px]).to_device(device)
+            sgcl_c10d::to_device(&Tensor::from_slice(values).view([views, 3, px, px]), device)
         };
-        let local = (self.local_px > 0).then(|| tensor(&self.local, self.local_px));
-        let key = self.has_key.then(|| tensor(&self.key, self.global_px));
-        Views { global: tensor(&self.global, self.global_px), local, key }
+        let local = (self.local_px > 0).then(|| tensor(&self.local, self.local_px)).transpose()?;
+        let key = self.has_key.then(|| tensor(&self.key, self.global_px)).transpose()?;
+        Ok(Views { global: tensor(&self.global, self.global_px)?, local, key })
     }
 }
 

@@ -9,7 +9,7 @@ export CARGO_TARGET_DIR ?= $(CURDIR)/target
 # Read back from what scripts/setup wrote for cargo; a value of the caller's own wins.
 python = $${SGCL_PYTHON:-$$(sed -n 's/^SGCL_PYTHON = "\(.*\)"/\1/p' .cargo/config.toml)}
 
-.PHONY: help setup setup-tests setup-cluster build demo test test-chaos soak test-simulation test-goldens test-cluster test-observability images lint nccl bench-cluster bench-objective bench-kmeans bench-preemption bench-embed bench-science doc clean
+.PHONY: help setup setup-tests setup-cluster build demo test test-chaos soak test-simulation test-goldens test-cluster test-gpu test-observability images lint nccl bench-cluster bench-objective bench-kmeans bench-preemption bench-embed bench-science doc clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -95,6 +95,18 @@ bench-science: build ## what every method is worth under an equal budget, on pha
 nccl: ## compiles, links and loads the NCCL half; without a GPU it must say that there is none
 	@scripts/setup --nccl
 	cargo test --release --locked -p sgcl-c10d --features nccl --test nccl
+
+test-gpu: setup ## what only a GPU shows, on one: NCCL, golden cases, a run, a ring broken and mended, features (ARGS="--only ring")
+	@scripts/setup --nccl
+	cargo build --release --locked -p sgclctl
+	cargo build --release --locked -p sgcl-worker --features nccl
+	@rm -rf "$(CARGO_TARGET_DIR)/gpu" && mkdir "$(CARGO_TARGET_DIR)/gpu"
+	@cp "$(CARGO_TARGET_DIR)"/release/{sgclctl,sgcl-worker} "$(CARGO_TARGET_DIR)/gpu"
+	@for test in "sgcl-c10d --features nccl --test nccl" "sgcl --test goldens"; do \
+	  program=$$(cargo test --release --locked -p $$test --no-run --message-format=json | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1); \
+	  cp "$$program" "$(CARGO_TARGET_DIR)/gpu/$${test##* }"; \
+	done
+	"$(python)" tests/gpu/run $(ARGS)
 
 doc: setup ## the crates' documentation
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --locked --workspace --no-deps

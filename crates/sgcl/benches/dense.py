@@ -1,8 +1,10 @@
 """One step as the method reads, dense: every (B, N) matrix, gathered negatives, autograd through the bank, the exact variant.
 
-Works on the tensors that the benchmark `objective` wrote down; prints one JSON object.
+Works on the tensors that the benchmark `objective` wrote down; prints one JSON object: the median of as many steps as asked for
+after a first one that warms up, or with none asked for the first one's time.
 """
 import json
+import statistics
 import sys
 import time
 
@@ -23,7 +25,7 @@ def instance(queries, own_rows, negative_rows, hit):
     own = (queries * own_rows).sum(1, keepdim=True)
     others = torch.einsum("bd,bkd->bk", queries, negative_rows).masked_fill(hit, -torch.inf)
     logits = torch.cat([own, others], 1) / T_INSTANCE
-    return F.cross_entropy(logits, torch.zeros(len(queries), dtype=torch.long))
+    return F.cross_entropy(logits, torch.zeros(len(queries), dtype=torch.long, device=logits.device))
 
 
 def step(t, q, ql):
@@ -64,12 +66,9 @@ def update(bank, ids, features):
     bank[ids] = F.normalize((1 - MOMENTUM) * bank[ids] + MOMENTUM * F.normalize(features, dim=1), dim=1)
 
 
-def main():
-    path, threads = sys.argv[1], int(sys.argv[2])
-    torch.set_num_threads(threads)
-    t = load_file(path)
-    q, ql = t["q"].requires_grad_(), t["ql"].requires_grad_()
-    began = time.perf_counter()
+def whole_step(t, q, ql):
+    """Forward, backward and bank update; the losses."""
+    q.grad = ql.grad = None
     intra, inter, inner = step(t, q, ql)
     (intra + inter + inner).backward()
     with torch.no_grad():
@@ -77,9 +76,25 @@ def main():
         update(t["backbone"], t["ids"], t["x"])
         for corner, features in zip(CORNERS, ql.chunk(4)):
             update(t[corner], t["ids"], features)
-    seconds = time.perf_counter() - began
-    losses = {"intra": intra.item(), "inter": inter.item(), "inner": inner.item()}
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak(), **losses}))
+    return intra, inter, inner
+
+
+def main():
+    path, threads, device, repeat = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+    torch.set_num_threads(threads)
+    t = load_file(path, device=device)
+    q, ql = t["q"].requires_grad_(), t["ql"].requires_grad_()
+    through = torch.cuda.synchronize if device == "cuda" else lambda: None
+    seconds, first = [], None
+    for _ in range(repeat + 1):
+        through()
+        began = time.perf_counter()
+        losses = whole_step(t, q, ql)
+        through()
+        seconds.append(time.perf_counter() - began)
+        first = first or [loss.item() for loss in losses]
+    took = statistics.median(seconds[1:] or seconds)
+    print(json.dumps({"seconds": took, "peak_bytes": peak(), **dict(zip(("intra", "inter", "inner"), first))}))
 
 
 main()

@@ -4,13 +4,17 @@
 //! make bench-objective [ARGS="--n 681486 --batch 32 --dense-n 100000 --sampled 100000,4000000 --worlds 4"]
 //! ```
 //!
-//! Each measurement is a process of its own, so that peak memory is its own. `dense.py` is METHOD as it reads, in PyTorch: every (B, N) matrix,
+//! Each measurement is a process of its own, so that peak memory is its own: resident memory, or on a GPU (`--device cuda`) what
+//! `nvidia-smi` sees in use there, CUDA's own included, while nobody else is on it. `dense.py` is METHOD as it reads, in PyTorch: every (B, N) matrix,
 //! gathered negatives, autograd through the bank. It works on the tensors that ours has written down, and both losses are compared.
 //! The last line is one JSON object.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
+use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -27,10 +31,11 @@ const DIM: i64 = 128;
 const BACKBONE: i64 = 512;
 const SEED: u64 = 7;
 const HELP: &str = "\
-objective [--n ROWS] [--batch ANCHORS] [--repeat TIMES] [--dtype fp32|bf16|fp16] [--threads COUNT]
+objective [--n ROWS] [--batch ANCHORS] [--repeat TIMES] [--dtype fp32|bf16|fp16] [--threads COUNT] [--device cpu|cuda]
           [--dense-n ROWS]      rows of the comparison with the dense step; 0 leaves it out (at 681,486 it needs 21 GB)
           [--sampled ROWS,ROWS] bank sizes that the sampled mode is timed at; 0 leaves it out
           [--worlds RANKS]      ranks of the scaling table, as threads of one process; 0 leaves it out
+          [--device cuda]       nothing here asks for CUDA's half of libtorch by name: LD_PRELOAD=LIBTORCH/lib/libtorch_cuda.so
           [--global-only]       no local views (npid-mcrop's terms and SGCL's neighbours without corner banks): 10,000,000 rows in bf16 take
                                 13 GB so, and 23 GB with them; comparison and scaling are left out
           [--network]           times ResNet-18, forward and backward, on the same cores";
@@ -42,6 +47,7 @@ struct Args {
     repeat: usize,
     dtype: Kind,
     threads: i32,
+    device: Device,
     dense: i64,
     sampled: Vec<i64>,
     world: usize,
@@ -58,6 +64,7 @@ fn args() -> Args {
         repeat: 3,
         dtype: Kind::Float,
         threads: std::thread::available_parallelism().map_or(1, |n| n.get() as i32),
+        device: Device::Cpu,
         dense: 100_000,
         sampled: vec![100_000, 4_000_000],
         world: 4,
@@ -74,6 +81,13 @@ fn args() -> Args {
             "--batch" => args.batch = value().parse().expect(HELP),
             "--repeat" => args.repeat = value().parse().expect(HELP),
             "--threads" => args.threads = value().parse().expect(HELP),
+            "--device" => {
+                args.device = match value().as_str() {
+                    "cpu" => Device::Cpu,
+                    "cuda" => Device::Cuda(0),
+                    other => panic!("{other}?\n{HELP}"),
+                }
+            }
             "--dense-n" => args.dense = value().parse().expect(HELP),
             "--worlds" => args.world = value().parse().expect(HELP),
             "--sampled" => {
@@ -116,7 +130,8 @@ fn main() {
 fn parent(args: &Args) {
     let folder = tempfile::tempdir().expect("a scratch folder");
     let data = folder.path().join("step.safetensors");
-    let mut summary = json!({ "n": args.n, "batch": args.batch, "threads": args.threads });
+    let mut summary =
+        json!({ "n": args.n, "batch": args.batch, "threads": args.threads, "device": args.device_name() });
     let mib = |v: &Value| v.as_f64().unwrap() / f64::from(1 << 20);
     let show = |what: &str, found: &Value| {
         println!("{what:<44} {:>8.3} s {:>10.0} MiB", found["seconds"].as_f64().unwrap(), mib(&found["peak_bytes"]));
@@ -132,7 +147,7 @@ fn parent(args: &Args) {
     }
     if args.network {
         let found = child(args, "network", args.n, None);
-        show("ResNet-18, 224 px and 4 × 96 px", &found);
+        show("ResNet-18, fp32, 224 px and 4 × 96 px", &found);
         summary["network"] = found;
     }
     if args.dense > 0 {
@@ -171,7 +186,7 @@ fn child(args: &Args, what: &str, n: i64, data: Option<&Path>) -> Value {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["--child", what, "--n", &n.to_string(), "--batch", &args.batch.to_string()]);
     command.args(["--repeat", &args.repeat.to_string(), "--threads", &args.threads.to_string()]);
-    command.args(["--worlds", &args.world.to_string()]);
+    command.args(["--worlds", &args.world.to_string(), "--device", args.device_name()]);
     let dtype = match args.dtype {
         Kind::BFloat16 => "bf16",
         Kind::Half => "fp16",
@@ -184,21 +199,60 @@ fn child(args: &Args, what: &str, n: i64, data: Option<&Path>) -> Value {
     if let Some(data) = data {
         command.arg("--data").arg(data);
     }
-    last_line(&command.stderr(std::process::Stdio::inherit()).output().unwrap(), what)
+    run(args, &mut command, what)
+}
+
+/// The last line that a measurement prints; on a GPU with the memory that was in use there.
+fn run(args: &Args, command: &mut Command, what: &str) -> Value {
+    let used = Arc::new(AtomicU64::new(0));
+    let meter = (args.device != Device::Cpu).then(|| GpuMeter::start(&used));
+    let output = command.stderr(Stdio::inherit()).output().unwrap();
+    drop(meter);
+    assert!(output.status.success(), "{what} ended with {}; out of memory? a smaller --n helps", output.status);
+    let text = String::from_utf8_lossy(&output.stdout);
+    let last = text.lines().last().unwrap_or_default();
+    let mut found: Value = serde_json::from_str(last).unwrap_or_else(|e| panic!("{what}: {e}:\n{text}"));
+    if args.device != Device::Cpu {
+        found["peak_bytes"] = used.load(Ordering::Relaxed).into();
+    }
+    found
+}
+
+/// Asks `nvidia-smi` twenty times a second, and keeps the most.
+struct GpuMeter(Child);
+
+impl GpuMeter {
+    fn start(most: &Arc<AtomicU64>) -> Self {
+        let mut smi = Command::new("nvidia-smi")
+            .args(["--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--loop-ms=50"])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("nvidia-smi, which comes with the driver");
+        let (lines, most) = (BufReader::new(smi.stdout.take().unwrap()), Arc::clone(most));
+        std::thread::spawn(move || {
+            for mib in lines.lines().map_while(Result::ok).filter_map(|line| line.trim().parse::<u64>().ok()) {
+                most.fetch_max(mib << 20, Ordering::Relaxed);
+            }
+        });
+        Self(smi)
+    }
+}
+
+impl Drop for GpuMeter {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 fn dense(args: &Args, data: &Path) -> Value {
     let python = std::env::var("SGCL_PYTHON").expect("SGCL_PYTHON names a Python with torch; `make setup` sets it");
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/dense.py");
     let mut command = Command::new(python);
-    command.arg(script).arg(data).arg(args.threads.to_string()).env_remove("LD_LIBRARY_PATH");
-    last_line(&command.stderr(std::process::Stdio::inherit()).output().unwrap(), "dense.py")
-}
-
-fn last_line(output: &std::process::Output, what: &str) -> Value {
-    assert!(output.status.success(), "{what} ended with {}; out of memory? a smaller --n helps", output.status);
-    let text = String::from_utf8_lossy(&output.stdout);
-    serde_json::from_str(text.lines().last().unwrap_or_default()).unwrap_or_else(|e| panic!("{what}: {e}:\n{text}"))
+    // A minute a step on a CPU, where nothing has to warm up.
+    let repeat = if args.device == Device::Cpu { 0 } else { args.repeat };
+    command.arg(script).arg(data).args([args.threads.to_string(), args.device_name().into(), repeat.to_string()]);
+    run(args, command.env_remove("LD_LIBRARY_PATH"), "dense.py")
 }
 
 /// Highest resident memory of this process.
@@ -241,7 +295,8 @@ impl Case {
         let anchors: Vec<i64> = (0..all).map(|anchor| anchor * (n / all)).collect();
         let spatial = anchors.iter().map(|&row| lattice.neighbours(row, params.radius).unwrap()).collect();
         tch::manual_seed(SEED as i64 + rank as i64);
-        let rows = |count, width| unit(&Tensor::randn([count, width], (Kind::Float, Device::Cpu)));
+        let rows =
+            |count, width| unit(&Tensor::randn([count, width], (Kind::Float, Device::Cpu)).to_device(args.device));
         let hard = HardRanks::new(params.top(total) as usize, params.hard as usize, [5.0, 15.0]);
         Self {
             ids: anchors.chunks(args.batch as usize).map(<[i64]>::to_vec).collect(),
@@ -250,7 +305,7 @@ impl Case {
             xs,
             ys,
             negatives: negatives(SEED, 0, 0, 0, params.negatives as usize, n),
-            ranks: Tensor::from_slice(&hard.draw(SEED, 0, 0, 0)),
+            ranks: Tensor::from_slice(&hard.draw(SEED, 0, 0, 0)).to_device(args.device),
             q: rows(args.batch, DIM).set_requires_grad(true),
             x: rows(args.batch, BACKBONE),
             ql: rows(4 * args.batch, args.widths().local).set_requires_grad(true),
@@ -311,7 +366,25 @@ impl Args {
 
     /// Those of `rank`.
     fn banks(&self, plan: ShardPlan, rank: usize) -> Banks {
-        Banks::random(SEED, self.n, self.widths(), plan, rank, (self.dtype, Device::Cpu))
+        Banks::random(SEED, self.n, self.widths(), plan, rank, (self.dtype, self.device))
+    }
+
+    fn device_name(&self) -> &'static str {
+        if self.device == Device::Cpu { "cpu" } else { "cuda" }
+    }
+
+    /// Seconds that `work` takes, until the device is through with it.
+    fn timed<T>(&self, work: impl FnOnce() -> T) -> (f64, T) {
+        let through = || {
+            if let Device::Cuda(index) = self.device {
+                tch::Cuda::synchronize(index as i64);
+            }
+        };
+        through();
+        let began = Instant::now();
+        let done = work();
+        through();
+        (began.elapsed().as_secs_f64(), done)
     }
 }
 
@@ -326,9 +399,8 @@ fn ours(args: &Args) -> Value {
     let before = args.data.as_ref().map(|_| banks.rows(&ids).unwrap());
     let (mut seconds, mut first) = (Vec::new(), None);
     for _ in 0..=args.repeat {
-        let began = Instant::now();
-        let out = case.step(&mut banks, &params, &pool, &labels, &Solo);
-        seconds.push(began.elapsed().as_secs_f64());
+        let (took, out) = args.timed(|| case.step(&mut banks, &params, &pool, &labels, &Solo));
+        seconds.push(took);
         first.get_or_insert(out);
     }
     let peak = peak();
@@ -383,10 +455,11 @@ fn sampled(args: &Args) -> Value {
     let labels = clusters(banks.slot_rows());
     let mut seconds = Vec::new();
     for turn in 0..=args.repeat {
-        let began = Instant::now();
-        let pool = Pool::sampled(&banks, SAMPLE, SEED, 0, turn as u64);
-        case.step(&mut banks, &params, &pool, &labels, &Solo);
-        seconds.push(began.elapsed().as_secs_f64());
+        let (took, _) = args.timed(|| {
+            let pool = Pool::sampled(&banks, SAMPLE, SEED, 0, turn as u64);
+            case.step(&mut banks, &params, &pool, &labels, &Solo)
+        });
+        seconds.push(took);
     }
     let mut found = measured(&mut seconds, peak());
     found["sample"] = SAMPLE.into();
@@ -394,16 +467,17 @@ fn sampled(args: &Args) -> Value {
 }
 
 fn network(args: &Args) -> Value {
-    let model = Model::new("resnet18".parse().unwrap(), DIM, Device::Cpu);
+    let model = Model::new("resnet18".parse().unwrap(), DIM, args.device);
     model.init(SEED);
-    let images = |count, side| Tensor::randn([count, 3, side, side], (Kind::Float, Device::Cpu));
+    let images = |count, side| Tensor::randn([count, 3, side, side], (Kind::Float, args.device));
     let views = Views { global: images(args.batch, 224), local: Some(images(4 * args.batch, 96)), key: None };
     let mut seconds = Vec::new();
     for _ in 0..=args.repeat {
-        let began = Instant::now();
-        let out = model.forward(&views, true);
-        (out.q.sum(Kind::Float) + out.ql.unwrap().sum(Kind::Float)).backward();
-        seconds.push(began.elapsed().as_secs_f64());
+        let (took, ()) = args.timed(|| {
+            let out = model.forward(&views, true);
+            (out.q.sum(Kind::Float) + out.ql.unwrap().sum(Kind::Float)).backward();
+        });
+        seconds.push(took);
     }
     measured(&mut seconds, peak())
 }

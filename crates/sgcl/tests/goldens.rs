@@ -1,4 +1,5 @@
-//! A step against the golden cases of the reference: those beside this file, and those in the folder `SGCL_GOLDENS` names.
+//! A step against the golden cases of the reference: those beside this file, and those in the folder `SGCL_GOLDENS` names. On the CPU, or
+//! on the GPU with `SGCL_DEVICE=cuda`.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 use sgcl::bank::{BankRows, Banks, CORNERS, ShardPlan, unit};
@@ -21,7 +22,8 @@ impl Case {
         let name = path.display().to_string();
         let tensors =
             Tensor::read_safetensors(path).unwrap_or_else(|e| panic!("golden case {name} is unreadable: {e}"));
-        Self { name, tensors: tensors.into_iter().collect() }
+        let device = device();
+        Self { name, tensors: tensors.into_iter().map(|(name, tensor)| (name, tensor.to_device(device))).collect() }
     }
     /// The same tensors, for another thread.
     fn copy(&self) -> Self {
@@ -37,6 +39,14 @@ impl Case {
     fn banks(&self) -> BankRows {
         let bank = |name: &str| self.get(&format!("in.bank.{name}")).copy();
         BankRows { global: bank("global"), backbone: bank("backbone"), corners: CORNERS.map(bank) }
+    }
+}
+
+fn device() -> Device {
+    match std::env::var("SGCL_DEVICE").as_deref() {
+        Err(_) | Ok("cpu") => Device::Cpu,
+        Ok("cuda") => Device::Cuda(0),
+        Ok(other) => panic!("SGCL_DEVICE={other}: there are cpu and cuda"),
     }
 }
 
@@ -74,7 +84,7 @@ fn close(case: &Case, what: &str, got: &Tensor, want: &Tensor) {
 
 fn mask(lists: &RowLists, n: i64) -> Tensor {
     let b = lists.rows.size()[0];
-    let mut mask = Tensor::zeros([b, n + 1], (Kind::Uint8, Device::Cpu));
+    let mut mask = Tensor::zeros([b, n + 1], (Kind::Uint8, lists.rows.device()));
     let _ = mask.scatter_value_(1, &lists.rows.masked_fill(&lists.valid.logical_not(), n), 1);
     mask.narrow(1, 0, n)
 }
@@ -126,7 +136,7 @@ fn check_step(case: &Case, variant: Variant, prefix: &str, world: usize) {
     assert_eq!(all(|p| &p.union), positives, "{}", what("union"));
     let counted: i64 = parts.iter().map(|part| part.counted).sum();
     assert_eq!(counted, positives.sum(Kind::Int64).int64_value(&[]), "{}", what("positives count once"));
-    let wanted = Tensor::zeros([b as i64, n], (Kind::Uint8, Device::Cpu)).scatter_value(1, want("hard"), 1);
+    let wanted = Tensor::zeros([b as i64, n], (Kind::Uint8, device())).scatter_value(1, want("hard"), 1);
     assert_eq!(all(|p| &p.hard), wanted, "{}", what("hard negatives"));
 
     let mean = |at: usize, share: &dyn Fn(std::ops::Range<usize>) -> f64| -> Tensor {

@@ -88,10 +88,11 @@ class Nccl : public c10d::ProcessGroupNCCL {
  public:
   using c10d::ProcessGroupNCCL::ProcessGroupNCCL;
 
+  // Returns once no kernel of the communicator runs any more, whoever began it.
   void abort() override {
     // Before any kernel ends by it.
     aborted_ = true;
-    c10d::ProcessGroupNCCL::abort();
+    std::call_once(abort_, [this] { c10d::ProcessGroupNCCL::abort(); });
   }
 
   void shutdown() override {
@@ -111,28 +112,25 @@ class Nccl : public c10d::ProcessGroupNCCL {
         std::this_thread::sleep_for(std::chrono::microseconds(100));
       }
     }
-    TORCH_CHECK_WITH(DistBackendError, !aborted_, "the NCCL communicator was aborted by this process");
-    if (work->exception()) {
-      broken_ = true;
-      std::rethrow_exception(work->exception());
+    const auto failure = work->exception();
+    if (failure || aborted_) {
+      // What is still queued ends before its memory is given to others.
+      abort();
+      if (failure) std::rethrow_exception(failure);
+      TORCH_CHECK_WITH(DistBackendError, false, "the NCCL communicator was aborted by this process");
     }
     work->wait();
   }
 
-  // Gives the communicator back; a destructor would not. In good order, where there is one.
+  // Gives the communicator back, in good order; a destructor would not.
   void leave() {
-    if (aborted_ || left_) return;
-    if (broken_) {
-      abort();
-    } else {
-      shutdown();
-    }
+    if (!aborted_ && !left_) shutdown();
   }
 
  private:
   std::atomic<bool> aborted_{false};
-  std::atomic<bool> broken_{false};
   std::atomic<bool> left_{false};
+  std::once_flag abort_;
 };
 #endif
 

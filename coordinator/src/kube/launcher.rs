@@ -1,7 +1,7 @@
 //! Nodes as Jobs. [`Book`] decides which Job a launch means; [`KubeLauncher`] does it.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use k8s_openapi::api::batch::v1::Job;
@@ -83,7 +83,9 @@ impl KubeLauncher {
         match (facts.lost, told.is_empty()) {
             // Nobody else would.
             (true, false) => drop(tokio::spawn(self.clone().remove(facts.slot, facts.number))),
-            (true, true) => drop(tokio::spawn(self.clone().look_again(facts.slot, facts.number))),
+            (true, true) => {
+                drop(tokio::spawn(Self::look_again(Arc::downgrade(&self.inner), facts.slot, facts.number)));
+            }
             (false, _) => {}
         }
         if self.inner.needs.queue.is_some() && goes {
@@ -202,12 +204,15 @@ impl KubeLauncher {
         self.remove(slot, number).await;
     }
 
-    /// A machine that is gone sends no more news of its pods. Looks again and again: what is waited for depends on the other nodes.
-    async fn look_again(self, slot: u32, number: u32) {
+    /// A machine that is gone sends no more news of its pods. Looks again and again: what is waited for depends on the other nodes. What a
+    /// launcher knew that nobody has any more is old: the pod may have come back since.
+    async fn look_again(inner: Weak<Inner>, slot: u32, number: u32) {
         tokio::time::sleep(LOST).await;
-        let lost = self.book().still_lost(slot, number);
+        let Some(inner) = inner.upgrade() else { return };
+        let launcher = Self { inner };
+        let lost = launcher.book().still_lost(slot, number);
         if let Some(facts) = lost {
-            self.pod(&facts);
+            launcher.pod(&facts);
         }
     }
 
